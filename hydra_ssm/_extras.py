@@ -1,0 +1,23 @@
+"""Imports of packages that only an extra installs."""
+
+from importlib import import_module
+from types import ModuleType
+from typing import Literal
+
+Extra = Literal["text", "train", "vision"]
+
+
+def require(name: str, extra: Extra) -> ModuleType:
+    """Import the module ``name``, which ``pip install "hydra-ssm[extra]"`` provides.
+
+    Raises:
+        ImportError: the package is not installed; the message names the extra. An installed package that fails to
+            import, or lacks a dependency of its own, raises its own error.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name != package:
+            raise
+        raise ImportError(f'{package} is not installed: pip install "hydra-ssm[{extra}]"', name=package) from None

@@ -1,0 +1,63 @@
+"""What holds for every test: no network, one seed, no surprises from the number of cores or a missing GPU."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+# Read at import by the libraries below, and inherited by the processes that tests start.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}
+
+import pytest
+import torch
+from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported; importing torch has not done that.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def declare_missing_torchvision_operators() -> torch.library.Library | None:
+    """Let PyPI's torchvision, built for CUDA, be imported beside a CPU build of torch.
+
+    Its library then fails to load, and its Python code registers fake versions of operators that nobody has declared.
+    """
+    try:
+        installed = version("torchvision")
+    except PackageNotFoundError:
+        return None
+    if torch.version.cuda is not None or installed.endswith("+cpu"):
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+TORCHVISION = declare_missing_torchvision_operators()  # the operators live as long as this object
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked gpu where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
