@@ -1,7 +1,8 @@
 """What holds for every test: no network, one seed, no surprises from the number of cores or a missing GPU."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
 # Read at import by the libraries below, and inherited by the processes that tests start.
 os.environ |= {
@@ -34,11 +35,10 @@ def declare_missing_torchvision_operators() -> torch.library.Library | None:
 
     Its library then fails to load, and its Python code registers fake versions of operators that nobody has declared.
     """
-    try:
-        installed = version("torchvision")
-    except PackageNotFoundError:
+    spec = find_spec("torchvision")
+    if torch.version.cuda is not None or spec is None or spec.origin is None:
         return None
-    if torch.version.cuda is not None or installed.endswith("+cpu"):
+    if "+cu" not in Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"):
         return None
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
