@@ -23,6 +23,7 @@ LEVEL = {
     "ops": 1,
     "matrices": 2,
     "mixer": 3,
+    "released": 3,  # parameter names only: neither imports the other
     "encoder": 4,
     "root": 5,
     "text": 6,
@@ -30,7 +31,7 @@ LEVEL = {
     "train": 7,
     "cli": 8,
 }
-CORE = {"helpers", "ops", "matrices", "mixer", "encoder", "root"}
+CORE = {"helpers", "ops", "matrices", "mixer", "released", "encoder", "root"}
 CORE_REQUIREMENTS = {"torch", "einops"}
 OPTIONAL = {
     "accelerate", "datasets", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
