@@ -1,0 +1,25 @@
+"""What the classes that go through an FFT share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(t: Tensor) -> Tensor:
+    """FFTs of half precision exist for few lengths and devices, and lose too much."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def fast_length(n: int) -> int:
+    """The smallest 2^a 3^b 5^c that is at least n: other lengths can cost a transform several times more."""
+    best = 1 << (n - 1).bit_length()
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            two = three << max(-(-n // three) - 1, 0).bit_length()
+            best = min(best, two)
+            three *= 3
+        five *= 5
+    return best

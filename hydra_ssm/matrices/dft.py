@@ -1,0 +1,41 @@
+"""DFT mixer: a fixed Fourier transform along the sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ._fft import at_least_float32
+from .base import Inputs, StructuredMatrix
+
+
+@dataclass(frozen=True)
+class DFT(StructuredMatrix):
+    """M_ij = cos(2 pi i j / max_length) / sqrt(max_length), nothing learned: FNet's. O(L log L).
+
+    Shorter sequences use the leading block, as if zeros followed.
+    """
+
+    data_dependent: ClassVar[bool] = False
+
+    size: int
+    like: Tensor  # (B, L, H, P)
+
+    @classmethod
+    def build(cls, inputs: Inputs) -> Self:
+        return cls(inputs.documents, inputs.settings.max_length, inputs.x)
+
+    def entries(self) -> Tensor:
+        B, L, H = self.like.shape[:3]
+        place = torch.arange(L, device=self.like.device)
+        turns = (place[:, None] * place % self.size).to(at_least_float32(self.like).dtype) / self.size
+        return (torch.cos(2 * math.pi * turns) * self.size**-0.5).to(self.like.dtype).expand(B, H, L, L)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(at_least_float32(x), n=self.size, dim=1, norm="ortho").real
+        place = torch.arange(x.shape[1], device=x.device)
+        return spectrum[:, torch.minimum(place, self.size - place)].to(x.dtype)  # the upper half mirrors the lower

@@ -1,0 +1,48 @@
+"""Toeplitz mixer: a convolution as long as the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ._fft import at_least_float32, fast_length
+from .base import Feature, Inputs, Settings, StructuredMatrix
+
+
+@dataclass(frozen=True)
+class Toeplitz(StructuredMatrix):
+    """M_ij = t_{i-j} / (2 sqrt(max_length)); token k brings t_k and t_{-k}, token 0 its t_0 alone. O(L log L)."""
+
+    t_causal: Tensor  # (B, L, H) t_0, t_1, ...
+    t_anticausal: Tensor  # (B, L, H) not used, t_{-1}, ...
+    scale: float
+
+    @classmethod
+    def features(cls, settings: Settings) -> tuple[Feature, ...]:
+        return Feature("t_causal", (settings.nheads,)), Feature("t_anticausal", (settings.nheads,))
+
+    @classmethod
+    def build(cls, inputs: Inputs) -> Self:
+        t = inputs.features["t_causal"], inputs.features["t_anticausal"]
+        return cls(inputs.documents, *t, 0.5 * inputs.settings.max_length**-0.5)
+
+    def entries(self) -> Tensor:
+        # From t_{1-L} at 0 to t_{L-1} at 2L - 2.
+        t = torch.cat([self.t_anticausal[:, 1:].flip(1), self.t_causal], dim=1)
+        place = torch.arange(self.t_causal.shape[1], device=t.device)
+        entries = t[:, place[:, None] - place + len(place) - 1] * self.scale
+        return rearrange(entries, "b i j h -> b h i j")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        L = x.shape[1]
+        n = fast_length(2 * L - 1)
+        gap = x.new_zeros(self.t_causal.shape[0], n - 2 * L + 1, self.t_causal.shape[2])
+        t = torch.cat([self.t_causal, gap, self.t_anticausal[:, 1:].flip(1)], dim=1) * self.scale
+        with torch.autocast(x.device.type, enabled=False):
+            spectrum = torch.fft.rfft(at_least_float32(t), dim=1)[..., None]
+            y = torch.fft.irfft(spectrum * torch.fft.rfft(at_least_float32(x), n=n, dim=1), n=n, dim=1)
+        return y[:, :L].to(x.dtype)

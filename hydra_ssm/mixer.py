@@ -1,0 +1,252 @@
+"""The block that mixes a sequence with a structured matrix, and owns every parameter of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .matrices import MATRICES, Inputs, Placed, Settings, StructuredMatrix
+from .ops import Documents, gated_rms_norm, layout, per_document, rows, short_conv
+
+FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
+
+
+class MatrixMixer(nn.Module):
+    """y = out_proj(norm(M x) * SiLU(z)), with M a structured matrix: (B, L, d_model) in and out.
+
+        in_proj:  z | x | the features of M that pass the convolution | those that do not
+        conv1d:   centred, depthwise, over x and those features; then SiLU on x and on what M's class declares
+
+    In the fixed form the features are learned tables of positions instead. `bare` drops z, the convolution, the
+    activation of x, the norm and the identity: y = out_proj(M x), as in a Transformer.
+
+    Args:
+        matrix: a name in `hydra_ssm.MATRICES` or a StructuredMatrix class.
+        d_state: order N of the class: state size, rank, or features of a query and a key.
+        d_conv: width of the convolution, odd.
+        max_length: longest sequence of the fixed form; some data-dependent classes scale by it.
+        data_dependent: False for the fixed form; None takes the data-dependent one where the class has it.
+        dt_limit, dt_min, dt_max, dt_init_floor, A_init_range, learnable_init_states: for classes with a state.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        matrix: str | type[StructuredMatrix],
+        *,
+        data_dependent: bool | None = None,
+        d_state: int = 64,
+        d_conv: int = 7,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        max_length: int = 512,
+        bare: bool = False,
+        bias: bool = False,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **state_options: Any,
+    ) -> None:
+        super().__init__()
+        self.matrix_class = _matrix_class(matrix)
+        self.data_dependent = _form(self.matrix_class, data_dependent)
+        self.d_model, self.d_inner, self.bare, self.norm_eps = d_model, int(expand * d_model), bare, norm_eps
+        _check_sizes(d_model, self.d_inner, headdim, ngroups, d_state, d_conv, max_length)
+        self.settings = Settings(self.d_inner // headdim, headdim, d_state, ngroups, max_length, **state_options)
+        features = self.matrix_class.features(self.settings)
+        self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first
+        computed = self.features if self.data_dependent else ()
+        convolved = self.d_inner + sum(f.size for f in computed if f.conv)
+        self.split = [0 if bare else self.d_inner, convolved, sum(f.size for f in computed if not f.conv)]
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.in_proj = nn.Linear(d_model, sum(self.split), bias=bias, **factory)
+        if not bare:
+            self.conv1d = nn.Conv1d(
+                convolved, convolved, d_conv, groups=convolved, padding=d_conv // 2, bias=conv_bias, **factory
+            )
+            self.norm = _Weight(torch.ones(self.d_inner, **factory))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self._add_parameters(factory)
+
+    def _add_parameters(self, factory: dict[str, Any]) -> None:
+        """What the class learns: its own parameters, and in the fixed form a table for each feature."""
+        with torch.device(factory["device"] or torch.get_default_device()):
+            own = self.matrix_class.parameters(self.settings)
+            tables = () if self.data_dependent else tuple(f for f in self.features if f.learned)
+            own |= {f"tables.{f.name}": torch.randn(self.settings.max_length, *f.shape) for f in tables}
+        self.own = tuple(own)
+        for name, value in own.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            keep = leaf in FLOAT32 and factory["dtype"] in (torch.float16, torch.bfloat16)
+            parameter = nn.Parameter(value if keep else value.to(factory["dtype"] or value.dtype))
+            module.register_parameter(leaf, parameter)
+            if leaf in FLOAT32:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix u (B, L, d_model) along L.
+
+        Args:
+            mask: (B, L) bool, True for tokens, at any place. Padding has no influence and comes out as zero.
+            cu_seqlens: (documents + 1,) offsets of documents packed in one row, B = 1. None reads another.
+        """
+        self._check_input(u)
+        return per_document(self.mix, u, mask, cu_seqlens)
+
+    def matrix(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> StructuredMatrix:
+        """The matrix that `forward` mixes u with: `.dense()` is (B, H, L, L), differentiable."""
+        self._check_input(u)
+        place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
+        if place is None:
+            return self._matrix(u, None)
+        return Placed(None, self._matrix(place.take(u), place.documents), place)
+
+    def mix(self, u: Tensor, documents: Documents | None) -> Tensor:
+        """`forward` on a batch that is already in one of the forms of `Documents`, as a stack of layers keeps it."""
+        if documents is not None and documents.packed and not self.matrix_class.packs:
+            apart = rows(documents)
+            return apart.restore(self.mix(apart.take(u), apart.documents))
+        z, inputs = self._project(u, documents)
+        y = self.matrix_class.build(inputs) @ inputs.x
+        if not self.bare:
+            y = y + inputs.x if self.matrix_class.skip else y
+            return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm_eps))
+        return self.out_proj(y.flatten(2))
+
+    def _matrix(self, u: Tensor, documents: Documents | None) -> StructuredMatrix:
+        if documents is not None and documents.packed and not self.matrix_class.packs:
+            apart = rows(documents)
+            return Placed(None, self._matrix(apart.take(u), apart.documents), apart)
+        return self.matrix_class.build(self._project(u, documents)[1])
+
+    def _project(self, u: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
+        """The gate z and all that the matrix is built from."""
+        z, convolved, rest = self.in_proj(u).split(self.split, dim=-1)
+        if not self.bare:
+            if documents is not None:
+                convolved = documents.zero_padding(convolved)
+            convolved = short_conv(convolved, self.conv1d.weight, self.conv1d.bias, documents)
+        computed = [f for f in self.features if self.data_dependent]
+        x, *wet = convolved.split([self.d_inner, *(f.size for f in computed if f.conv)], dim=-1)
+        dry = rest.split([f.size for f in computed if not f.conv], dim=-1)
+        features = {
+            f.name: (F.silu(t) if f.activation else t).unflatten(-1, f.shape)
+            for f, t in zip(computed, [*wet, *dry], strict=True)
+        }
+        x = (x if self.bare else F.silu(x)).unflatten(-1, (self.settings.nheads, self.settings.headdim))
+        if not self.data_dependent:
+            features = self._tables(x, documents)
+        parameters = {name: self.get_parameter(name) for name in self.own}
+        return z, Inputs(x, features, parameters, self.settings, documents)
+
+    def _tables(self, x: Tensor, documents: Documents | None) -> dict[str, Tensor]:
+        """The features of the fixed form, by position in the document."""
+        longest = x.shape[1] if documents is None or documents.max_seqlen is None else documents.max_seqlen
+        if longest > self.settings.max_length:
+            raise ValueError(
+                f"this fixed mixer was made for lengths up to max_length = {self.settings.max_length}, got {longest}"
+            )
+        features = {}
+        for f in self.features:
+            if not f.learned:
+                features[f.name] = x.new_zeros(1, 1, *f.shape).expand(*x.shape[:2], *f.shape)
+                continue
+            table = self.get_parameter(f"tables.{f.name}").to(x.dtype)
+            if documents is not None and documents.packed:
+                features[f.name] = table[documents.positions]
+            else:
+                features[f.name] = table[: x.shape[1]].expand(x.shape[0], -1, *f.shape)
+        return features
+
+    def _check_input(self, u: Tensor) -> None:
+        if u.ndim != 3 or u.shape[2] != self.d_model or 0 in u.shape:
+            raise ValueError(
+                f"u must be (batch, length, d_model = {self.d_model}), none of them 0, got {tuple(u.shape)}"
+            )
+        if not u.is_floating_point():
+            raise TypeError(f"u must be floating point, got {u.dtype}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatrixMixer:
+        kept = {name: p.detach() for name, p in self.named_parameters(recurse=False) if name in FLOAT32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = before.to(parameter.device, torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        form = "data dependent" if self.data_dependent else f"fixed, up to {self.settings.max_length}"
+        return f"{self.matrix_class.__name__}, {form}, {self.settings.nheads} heads"
+
+
+class Hydra(MatrixMixer):
+    """The quasiseparable mixer: reads both ways in linear time. Loads the weights of the released layer as they are.
+
+    Options as in MatrixMixer; (B, L, d_model) in and out.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 64, d_conv: int = 7, expand: float = 2, **options: Any) -> None:
+        super().__init__(d_model, "quasiseparable", d_state=d_state, d_conv=d_conv, expand=expand, **options)
+
+
+class SelfAttention(MatrixMixer):
+    """The Transformer's multi-head self-attention: the bare block with the attention matrix, biases and all."""
+
+    def __init__(self, d_model: int, headdim: int = 64, bias: bool = True, **factory: Any) -> None:
+        super().__init__(
+            d_model, "attention", d_state=headdim, headdim=headdim, expand=1, bare=True, bias=bias, **factory
+        )
+
+
+class _Weight(nn.Module):
+    """A weight under its released name, for a norm whose arithmetic is in ops."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def _matrix_class(matrix: str | type[StructuredMatrix]) -> type[StructuredMatrix]:
+    if not isinstance(matrix, str):
+        return matrix
+    if matrix not in MATRICES:
+        raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
+    return MATRICES[matrix]
+
+
+def _form(matrix: type[StructuredMatrix], data_dependent: bool | None) -> bool:
+    if data_dependent is None:
+        return matrix.data_dependent
+    if not (matrix.data_dependent if data_dependent else matrix.fixed):
+        has, lacks = ("fixed", "data-dependent") if data_dependent else ("data-dependent", "fixed")
+        raise ValueError(
+            f"{matrix.__name__} has a {has} form alone, no {lacks} one, got data_dependent={data_dependent}"
+        )
+    return data_dependent
+
+
+def _check_sizes(
+    d_model: int, d_inner: int, headdim: int, ngroups: int, d_state: int, d_conv: int, max_length: int
+) -> None:
+    sizes = {"d_model": d_model, "headdim": headdim, "ngroups": ngroups, "d_state": d_state, "max_length": max_length}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if d_inner < 1 or d_inner % headdim:
+        raise ValueError(f"headdim must divide expand * d_model = {d_inner}, got {headdim}")
+    if (d_inner // headdim) % ngroups:
+        raise ValueError(f"ngroups must divide the {d_inner // headdim} heads, got {ngroups}")
+    if d_conv < 1 or d_conv % 2 == 0:
+        raise ValueError(f"d_conv must be odd, so that the convolution has a centre, got {d_conv}")

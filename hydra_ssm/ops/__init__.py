@@ -1,0 +1,19 @@
+"""Functions on tensors, no parameters: what the mixers compute."""
+
+from .conv import short_conv
+from .documents import Documents, Layout, layout, per_document, rows
+from .norm import gated_rms_norm
+from .semiseparable import semiseparable
+from .triangle import Triangle
+
+__all__ = [
+    "Documents",
+    "Layout",
+    "Triangle",
+    "gated_rms_norm",
+    "layout",
+    "per_document",
+    "rows",
+    "semiseparable",
+    "short_conv",
+]

@@ -1,0 +1,172 @@
+"""Where the tokens of each document lie in a batch, and how to bring any batch into that form.
+
+Padding and packing are one problem: which tokens may see each other. Every batch is first brought into one of two
+forms, rows that hold one document each with the padding at their end, or one row that holds many documents back to
+back. Operations then need one fact a token: the number of its document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Document numbers of the tokens of a (B, L) batch, in either form above.
+
+    A document is a run of equal numbers; padding, numbered -1, comes last in its row.
+    """
+
+    ids: Tensor  # (B, L) int64, -1 where there is no token
+    cu_seqlens: Tensor | None = None  # (documents + 1,) offsets, where one row holds many documents
+    max_seqlen: int | None = None  # longest document, where one row holds many
+
+    @property
+    def packed(self) -> bool:
+        """True where one row holds many documents."""
+        return self.cu_seqlens is not None
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, L) True where there is a token."""
+        return self.ids >= 0
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, L) index of each token in its document."""
+        place = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        return place - place.where(starts(self.ids), 0).cummax(1).values
+
+    def zero_padding(self, t: Tensor) -> Tensor:
+        """`t` (B, L, ...) with zeros, which no gradient passes, where there is no token."""
+        valid = self.valid.reshape(self.valid.shape + (1,) * (t.ndim - 2))
+        return torch.where(valid, t, torch.zeros((), dtype=t.dtype, device=t.device))
+
+
+def starts(ids: Tensor) -> Tensor:
+    """(B, L) True at the first token of each run of equal numbers."""
+    first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    return torch.cat([first, ids[:, 1:] != ids[:, :-1]], dim=1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch seen from another grid: token t of the inner grid is token `source[t]` of the outer one.
+
+    `take` goes in, `restore` comes back; both put zeros where there is no token.
+    """
+
+    documents: Documents  # of the inner grid (B', L')
+    source: Tensor | None  # (B', L') flat index into the outer grid; None: the grids are the same
+    target: Tensor | None  # (B, L) flat index into the inner grid
+    valid: Tensor | None  # (B, L) True for tokens of the outer grid; None: all
+
+    def take(self, t: Tensor) -> Tensor:
+        """Tokens of the outer grid (B, L, ...) in the inner grid (B', L', ...)."""
+        if self.source is None:
+            return t
+        return self.documents.zero_padding(t.flatten(0, 1)[self.source])
+
+    def restore(self, t: Tensor) -> Tensor:
+        """Tokens of the inner grid (B', L', ...) in the outer grid (B, L, ...)."""
+        if self.target is None:
+            return t
+        t = t.flatten(0, 1)[self.target]
+        return t if self.valid is None else Documents(self.valid.long() - 1).zero_padding(t)
+
+
+def layout(shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout | None:
+    """The layout of a (B, L) batch whose tokens are where `mask` is True, packed as `cu_seqlens` says.
+
+    None where there is neither: every row is a document. Raises ValueError or TypeError where they do not fit.
+    """
+    B, L = shape
+    if mask is not None:
+        _check_mask(mask, shape)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, shape)
+    if mask is not None:
+        order = torch.argsort(~mask, dim=1, stable=True)  # tokens first, each group in its order
+        row = torch.arange(B, device=mask.device)[:, None] * L
+        source, target = row + order, row + torch.argsort(order, dim=1)
+        place = torch.arange(L, device=mask.device)
+        if cu_seqlens is None:
+            ids = torch.where(place < mask.sum(1, keepdim=True), 0, -1)
+            return Layout(Documents(ids), source, target, mask)
+        before = torch.cat([mask.new_zeros(1, dtype=torch.long), mask[0].cumsum(0)])
+        return Layout(_packed(before[cu_seqlens.long()], L), source, target, mask)
+    if cu_seqlens is not None:
+        return Layout(_packed(cu_seqlens.long(), L), None, None, None)
+    return None
+
+
+def per_document(
+    f: Callable[[Tensor, Documents | None], Tensor], u: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """f(u, documents) for u (B, L, D), brought into the form that f wants and back; zeros at padding.
+
+    In a packed row a product's zeros do not stop NaN or infinity (0 * NaN is NaN): a document that holds one comes out
+    as NaN, and f never sees it.
+    """
+    place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
+    if place is None:
+        return f(u, None)
+    inner, documents = place.take(u), place.documents
+    if documents.cu_seqlens is None:
+        return place.restore(f(inner, documents))
+    broken = ~inner.isfinite().all(-1)
+    ids = documents.ids.clamp(min=0)  # padding is zero: it breaks no document
+    spread = torch.zeros_like(documents.cu_seqlens).index_add(0, ids[0], broken[0].long())[ids]
+    inner = torch.where(broken[..., None], torch.zeros((), dtype=u.dtype, device=u.device), inner)
+    y = f(inner, documents)
+    lost = (spread > 0).reshape(spread.shape + (1,) * (y.ndim - 2))
+    return place.restore(y.masked_fill(lost, torch.nan))
+
+
+def rows(documents: Documents) -> Layout:
+    """The layout that gives each document of a packed row a row of its own."""
+    cu_seqlens, longest = documents.cu_seqlens, documents.max_seqlen
+    assert cu_seqlens is not None and longest is not None
+    length = cu_seqlens.diff()
+    place = torch.arange(longest, device=length.device)
+    inside = place < length[:, None]
+    source = torch.where(inside, cu_seqlens[:-1, None] + place, 0)
+    target = documents.ids.clamp(min=0) * longest + torch.where(documents.valid, documents.positions, 0)
+    return Layout(Documents(torch.where(inside, 0, -1)), source, target, documents.valid)
+
+
+def _packed(cu_seqlens: Tensor, L: int) -> Documents:
+    place = torch.arange(L, device=cu_seqlens.device)
+    ids = torch.searchsorted(cu_seqlens, place, right=True) - 1
+    ids = torch.where(place < cu_seqlens[-1], ids, -1)
+    longest = max(int(cu_seqlens.diff().max()), 1)
+    return Documents(rearrange(ids, "l -> 1 l"), cu_seqlens, longest)
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True for tokens, got {mask.dtype}: pass mask.bool()")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"mask must be (batch, length) = {tuple(shape)}, got {tuple(mask.shape)}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
+    B, L = shape
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs a batch of one packed row, got batch {B}: flatten it to (1, {B * L}, ...)")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must be (documents + 1,) offsets from 0 to {L}, got {tuple(cu_seqlens.shape)}")
+    if torch.compiler.is_compiling():
+        return  # the values are not known while tracing
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != L:
+        raise ValueError(f"cu_seqlens must run from 0 to the row's length {L}, got {offsets[0]} to {offsets[-1]}")
+    if any(later < earlier for earlier, later in zip(offsets, offsets[1:], strict=False)):
+        raise ValueError("cu_seqlens must not decrease")
