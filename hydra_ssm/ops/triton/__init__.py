@@ -1,0 +1,5 @@
+"""Triton kernels: imported only where they are used."""
+
+from .product import quasiseparable_forward
+
+__all__ = ["quasiseparable_forward"]
