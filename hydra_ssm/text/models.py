@@ -1,0 +1,194 @@
+"""The text encoder as a transformers model."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..encoder import Encoder
+from ..mixer import MatrixMixer
+from ..ops import layout
+from .config import HydraConfig
+
+
+class HydraInputs(TypedDict, total=False):
+    """What every model takes besides input_ids, attention_mask and token_type_ids; B rows of L tokens."""
+
+    position_ids: Tensor | None  # (B, L) int; None: places in the document. Not used without learned positions
+    inputs_embeds: Tensor | None  # (B, L, hidden_size), instead of input_ids
+    cu_seqlens: Tensor | None  # (documents + 1,) offsets of documents packed in one row, B = 1; None reads another
+    output_hidden_states: bool | None
+    output_attentions: bool | None  # there are none: True raises ValueError
+    return_dict: bool | None
+
+
+class HydraPreTrainedModel(PreTrainedModel):
+    """How transformers initialises, loads and saves these models."""
+
+    config_class = HydraConfig
+    config: HydraConfig
+    base_model_prefix = "model"
+    _input_embed_layer = "word_embeddings"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True  # attention layers call it
+    _no_split_modules = ["HydraEmbeddings", "EncoderLayer"]  # noqa: RUF012 - transformers copies it
+    _keep_in_fp32_modules_strict = [r"\.A_log$", r"\.dt_bias$", r"\.D$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's initialisation, but the mixer's own for what it mixes with; what a checkpoint filled stays."""
+        if isinstance(module, MatrixMixer):
+            _init_mixer(module)
+        elif isinstance(module, nn.Conv1d):
+            module.reset_parameters()  # transformers guards the functions that it calls
+        else:
+            super()._init_weights(module)
+
+
+def _init_mixer(mixer: MatrixMixer) -> None:
+    """What belongs to the mixer and to none of its linear layers, as MatrixMixer draws it."""
+    fresh = mixer.matrix_class.parameters(mixer.settings)
+    for name in mixer.own:
+        parameter = mixer.get_parameter(name)
+        if name in fresh:
+            init.copy_(parameter, fresh[name])
+        else:
+            init.normal_(parameter)
+    if not mixer.bare:
+        init.ones_(mixer.norm.weight)
+
+
+class HydraEmbeddings(nn.Module):
+    """LayerNorm of word + token type [+ position], then dropout."""
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.position_embeddings = None
+        if config.position_embeddings:
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def forward(
+        self,
+        words: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """(B, L, D) from the words' vectors (B, L, D)."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+        h = words + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            if position_ids is None:
+                position_ids = positions(words, mask, cu_seqlens)
+            h = h + self._place(position_ids)
+        return self.dropout(self.norm(h))
+
+    def _place(self, position_ids: Tensor) -> Tensor:
+        assert self.position_embeddings is not None
+        most = self.position_embeddings.num_embeddings
+        if position_ids.shape[-1] > most and not torch.compiler.is_compiling() and position_ids.max() >= most:
+            raise ValueError(
+                f"documents must be at most max_position_embeddings = {most} tokens long, "
+                f"got {int(position_ids.max()) + 1}"
+            )
+        return self.position_embeddings(position_ids)
+
+
+def positions(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """(B, L) place of each token of h (B, L, D) in its document, padding not counted."""
+    B, L = h.shape[:2]
+    place = layout((B, L), mask, cu_seqlens)
+    if place is None:
+        return torch.arange(L, device=h.device).expand(B, L)
+    return place.restore(place.documents.positions)
+
+
+class HydraModel(HydraPreTrainedModel):
+    """Embeddings and an encoder: one vector a token."""
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__(config)
+        self.embeddings = HydraEmbeddings(config)
+        self.encoder = Encoder(
+            config.hidden_size,
+            config.layer_mixers,
+            d_ff=config.intermediate_size,
+            norm=config.norm,
+            dropout=config.hidden_dropout,
+            eps=config.layer_norm_eps,
+            **config.mixer_options,
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutput:
+        """Encode B rows of L tokens: last_hidden_state (B, L, hidden_size), zero at padding.
+
+        Args:
+            input_ids: (B, L) int.
+            attention_mask: (B, L), not 0 for tokens, at any place; None: all are. Padding has no influence.
+            token_type_ids: (B, L) int; None: 0.
+            output_hidden_states: give hidden_states too, the embeddings and what each layer gives.
+            position_ids, inputs_embeds, cu_seqlens: see HydraInputs.
+
+        Raises:
+            ValueError: inputs that do not fit together, or output_attentions.
+        """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions must be False: these mixers have no attention maps, "
+                "look at encoder.layers[i].mixer.matrix(h).dense()"
+            )
+        mask = self._mask(attention_mask)
+        words = self._words(input_ids, inputs_embeds, mask)
+        h = self.embeddings(words, token_type_ids, position_ids, mask, cu_seqlens)
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            states = self.encoder(h, mask, cu_seqlens, every_layer=True).unbind(2)
+            return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
+        return BaseModelOutput(last_hidden_state=self.encoder(h, mask, cu_seqlens))
+
+    def _mask(self, attention_mask: Tensor | None) -> Tensor | None:
+        """True for tokens; None where all are, which is faster."""
+        if attention_mask is None:
+            return None
+        mask = attention_mask.bool()
+        return None if not torch.compiler.is_compiling() and mask.all() else mask
+
+    def _words(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        assert given is not None
+        if given.ndim != 2 or 0 in given.shape:
+            raise ValueError(f"input_ids must be (batch, length), none of them 0, got {tuple(given.shape)}")
+        if mask is not None and mask.shape != given.shape:
+            raise ValueError(f"attention_mask must be (batch, length) = {tuple(given.shape)}, got {tuple(mask.shape)}")
+        if inputs_embeds is None:
+            return self.embeddings.word_embeddings(input_ids)
+        if mask is None:
+            return inputs_embeds
+        return torch.where(
+            mask[..., None], inputs_embeds, torch.zeros((), dtype=inputs_embeds.dtype, device=mask.device)
+        )
