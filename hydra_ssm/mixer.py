@@ -88,8 +88,9 @@ class MatrixMixer(nn.Module):
                 if not hasattr(module, part):
                     module.add_module(part, nn.Module())
                 module = getattr(module, part)
-            keep = leaf in FLOAT32 and factory["dtype"] in (torch.float16, torch.bfloat16)
-            parameter = nn.Parameter(value if keep else value.to(factory["dtype"] or value.dtype))
+            dtype = factory["dtype"] or value.dtype  # what a default of torch made is in that default
+            keep = leaf in FLOAT32 and dtype in (torch.float16, torch.bfloat16)
+            parameter = nn.Parameter(value.to(torch.float32 if keep else dtype))
             module.register_parameter(leaf, parameter)
             if leaf in FLOAT32:
                 parameter._no_weight_decay = True  # type: ignore[attr-defined]

@@ -42,22 +42,30 @@ class HydraPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's initialisation, but the mixer's own for what it mixes with; what a checkpoint filled stays."""
-        if isinstance(module, MatrixMixer):
-            _init_mixer(module)
-        elif isinstance(module, nn.Conv1d):
+        """BERT's initialisation, but torch's own for the convolution; what a checkpoint filled stays."""
+        if isinstance(module, nn.Conv1d):
             module.reset_parameters()  # transformers guards the functions that it calls
         else:
             super()._init_weights(module)
 
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As transformers does, and the mixers' own for what they mix with: it skips modules made of others alone."""
+        mixers = [
+            m for m in self.modules() if isinstance(m, MatrixMixer) and not getattr(m, "_is_hf_initialized", False)
+        ]
+        super().initialize_weights()
+        for mixer in mixers:
+            _init_mixer(mixer)
+
 
 def _init_mixer(mixer: MatrixMixer) -> None:
-    """What belongs to the mixer and to none of its linear layers, as MatrixMixer draws it."""
-    fresh = mixer.matrix_class.parameters(mixer.settings)
+    """What belongs to none of the mixer's linear layers, as MatrixMixer draws it; what a checkpoint filled stays."""
+    drawn = mixer.matrix_class.parameters(mixer.settings)
     for name in mixer.own:
         parameter = mixer.get_parameter(name)
-        if name in fresh:
-            init.copy_(parameter, fresh[name])
+        if name in drawn:
+            init.copy_(parameter, drawn[name])
         else:
             init.normal_(parameter)
     if not mixer.bare:
