@@ -19,7 +19,7 @@ MixerSpec = str | Mapping[str, Any]
 def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> MatrixMixer:
     """The mixer that a layer asks for.
 
-    "hydra", "attention" (the Transformer's), the name of a matrix class (that class in the gated block), or a mapping of
+    "hydra", "attention" (the Transformer's), the name of another matrix class (in the gated block), or a mapping of
     MatrixMixer's arguments, which go before `options`.
     """
     if not isinstance(spec, str):

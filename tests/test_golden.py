@@ -64,7 +64,7 @@ def test_output_and_every_gradient_equal_the_released_module(path):
 
 def test_the_exact_dft_differs_from_the_released_one_by_the_rounding_of_its_cosines():
     """Angles up to 2 pi 23^2 / 24 = 138 in float32 are off by up to 1.1e-5; the table and the output inherit it."""
-    config, tensors = load(next(p for p in FILES if p.stem == "mixer_vandermonde_fixed"))
+    _, tensors = load(next(p for p in FILES if p.stem == "mixer_vandermonde_fixed"))
     exact = MatrixMixer(16, "dft", headdim=16, max_length=24, dtype=torch.float64)
     exact.load_state_dict(take(tensors, "param."))
     M = exact.matrix(tensors["input"]).dense()[0, 0]

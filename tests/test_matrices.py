@@ -16,6 +16,7 @@ from hydra_ssm.ops import Documents
 
 SETTINGS = Settings(nheads=2, headdim=3, d_state=4, max_length=23)
 L, LMAX, d = 11, 23, 4
+TURN = 2 * math.pi * 1e-3
 
 
 def decay(t, way, h, *between):
@@ -65,7 +66,7 @@ def attention(t, h, i, j):
 
 def butterfly(t, h, i, j):
     m = 5  # the square root of 23, rounded up
-    return t.left[h, j % m if False else i % m, i // m, j // m] * t.right[h, j // m, i % m, j % m]
+    return t.left[h, i % m, i // m, j // m] * t.right[h, j // m, i % m, j % m]
 
 
 FORMULAS = {
@@ -76,8 +77,7 @@ FORMULAS = {
     "toeplitz": lambda t, h, i, j: (t.t_causal[i - j, h] if i >= j else t.t_anticausal[j - i, h]) / 2 / math.sqrt(LMAX),
     "dft": lambda t, h, i, j: math.cos(2 * math.pi * i * j / LMAX) / math.sqrt(LMAX),
     "vandermonde": lambda t, h, i, j: (
-        sum(math.cos(2 * math.pi * 1e-3 * q * j) - math.cos(2 * math.pi * 1e-3 * k * i) for q, k in zip(t.q[i, h], t.k[j, h], strict=True))
-        / math.sqrt(2 * LMAX * d)
+        ((TURN * t.q[i, h] * j).cos().sum() - (TURN * t.k[j, h] * i).cos().sum()) / math.sqrt(2 * LMAX * d)
     ),
     "cauchy": lambda t, h, i, j: (1 / (t.q[i, h].exp() + t.k[j, h].exp() + 2 * t.c + 1e-8)).sum() / math.sqrt(LMAX * d),
     "semiseparable": causal,

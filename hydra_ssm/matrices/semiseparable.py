@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar, Self
 
 import torch
@@ -81,7 +81,7 @@ class Triangles(StructuredMatrix):
 
     def entries(self) -> Tensor:
         ids = None if self.documents is None else self.documents.ids
-        M = _total([entries(t, ids) for t in self.triangles])
+        M = reduce(torch.add, [entries(t, ids) for t in self.triangles])
         return M if self.diagonal is None else M + torch.diag_embed(self.diagonal.mT)
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -125,15 +125,10 @@ class Concat(Triangles):
 
     @classmethod
     def _triangle(cls, inputs: Inputs, direction: str, ending: str) -> Triangle:
-        half = (
-            slice(None, inputs.settings.nheads // 2)
-            if direction == "causal"
-            else slice(inputs.settings.nheads // 2, None)
-        )
-        own = {name: inputs.parameters[name][half] for name in inputs.parameters}
-        return super()._triangle(
-            Inputs(inputs.x, inputs.features, own, inputs.settings, inputs.documents), direction, ending
-        )
+        middle = inputs.settings.nheads // 2
+        half = slice(None, middle) if direction == "causal" else slice(middle, None)
+        own = {name: value[half] for name, value in inputs.parameters.items()}
+        return super()._triangle(replace(inputs, parameters=own), direction, ending)
 
     def entries(self) -> Tensor:
         ids = None if self.documents is None else self.documents.ids
@@ -151,11 +146,7 @@ class Mult(Triangles):
         raise TypeError("mult is quadratic in x and has no matrix: look at its triangles, one by one")
 
     def multiply(self, x: Tensor) -> Tensor:
-        return math.prod((semiseparable(x, [t], self.documents) for t in self.triangles), start=torch.ones_like(x))
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
+        return reduce(torch.mul, [semiseparable(x, [t], self.documents) for t in self.triangles])
 
 
 def _dt_bias(settings: Settings) -> Tensor:

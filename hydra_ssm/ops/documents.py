@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -131,7 +132,8 @@ def per_document(
 def rows(documents: Documents) -> Layout:
     """The layout that gives each document of a packed row a row of its own."""
     cu_seqlens, longest = documents.cu_seqlens, documents.max_seqlen
-    assert cu_seqlens is not None and longest is not None
+    assert cu_seqlens is not None
+    assert longest is not None
     length = cu_seqlens.diff()
     place = torch.arange(longest, device=length.device)
     inside = place < length[:, None]
@@ -168,5 +170,5 @@ def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != L:
         raise ValueError(f"cu_seqlens must run from 0 to the row's length {L}, got {offsets[0]} to {offsets[-1]}")
-    if any(later < earlier for earlier, later in zip(offsets, offsets[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(offsets)):
         raise ValueError("cu_seqlens must not decrease")

@@ -1,4 +1,4 @@
-"""Semiseparable products in eager PyTorch: recurrent (the oracle), dense, and chunked (the CPU path).
+"""Semiseparable products in eager PyTorch by definition: recurrent (the oracle) and dense.
 
 Each takes x (B, L, H, P), triangles and document numbers (B, L) or None, and returns the sum of the triangles'
 products with x. The recurrence is written from the definition (flip, scan, shift), the other two from the entries.
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from .documents import starts
 from .triangle import Triangle
@@ -47,92 +46,36 @@ def _recurrence(x: Tensor, t: Triangle, ids: Tensor | None) -> Tensor:
 def dense(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None) -> Tensor:
     """Through the L x L matrix: O(L^2), for short sequences, pictures of M, and export."""
     M = torch.stack([entries(t, ids) for t in triangles]).sum(0)
-    return (torch.einsum("bhij,bjhp->bihp", M.to(x.dtype), x) + _from_initial(x, triangles, ids)).to(x.dtype)
+    return (torch.einsum("bhij,bjhp->bihp", M.to(x.dtype), x) + from_initial(x, triangles, ids)).to(x.dtype)
 
 
 def entries(t: Triangle, ids: Tensor | None) -> Tensor:
     """The triangle as a (B, H, L, L) matrix, without its initial state."""
-    return _block(t, t.row_C(ids), ids)
+    return block_entries(t, t.row_C(ids), ids)
 
 
-def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_size: int = 64) -> Tensor:
-    """Blocks of `chunk_size` tokens: a small matrix inside each block, states between blocks. O(L) time and memory."""
-    length = x.shape[1]
-    Q = min(chunk_size, length)
-
-    def blocks(v: Tensor, fill: int = 0) -> Tensor:
-        v = F.pad(v, (0, 0) * (v.ndim - 2) + (0, -length % Q), value=fill)
-        return rearrange(v, "b (c q) ... -> (b c) q ...", q=Q)
-
-    doc = None if ids is None else blocks(ids, fill=-1)
-    xs = blocks(x)
-    inner, outer = [], []
-    for t in triangles:
-        C = blocks(t.row_C(ids))
-        block = Triangle(blocks(t.dt), t.A, blocks(t.B), blocks(t.C), t.upper, t.strict)
-        inner.append(_block(block, C, doc))
-        outer.append(_between_blocks(xs, block, C, doc, batch=x.shape[0]))
-    y = torch.einsum("bhij,bjhp->bihp", sum(inner[1:], inner[0]).to(x.dtype), xs) + sum(outer[1:], outer[0])
-    y = rearrange(y, "(b c) q h p -> b (c q) h p", b=x.shape[0])[:, :length]
-    return (y + _from_initial(x, triangles, ids)).to(x.dtype)
-
-
-def _log_decays(t: Triangle) -> tuple[Tensor, Tensor]:
+def log_decays(t: Triangle) -> tuple[Tensor, Tensor]:
     """(row, column), each (B, L, H): the log-decay from token j to row i is row_i - column_j."""
     a = t.log_decay
     column = a.flip(1).cumsum(1).flip(1) if t.upper else a.cumsum(1)
     return (t.step(column) if t.strict else column), column
 
 
-def _block(t: Triangle, row_C: Tensor, ids: Tensor | None) -> Tensor:
-    """(B, H, L, L) entries, given the C that each row reads with."""
+def block_entries(t: Triangle, row_C: Tensor, ids: Tensor | None) -> Tensor:
+    """(B, H, L, L) entries, given the C that each row reads with. The mask comes before exp: nothing overflows."""
     L, G = t.B.shape[1:3]
     keep = torch.ones(L, L, dtype=torch.bool, device=row_C.device)
     keep = keep.triu(int(t.strict)) if t.upper else keep.tril(-int(t.strict))
     if ids is not None:
         keep = keep & rearrange(ids[:, :, None] == ids[:, None, :], "b i j -> b 1 i j")
-    row, column = (rearrange(v, "b l h -> b h l") for v in _log_decays(t))
-    exponent = (row[..., :, None] - column[..., None, :]).masked_fill(
-        ~keep, -torch.inf
-    )  # masked before exp: no overflow
-    weight = exponent.exp() * rearrange(t.dt, "b l h -> b h 1 l")
+    row, column = (rearrange(v, "b l h -> b h l") for v in log_decays(t))
+    exponent = row[..., :, None] - column[..., None, :]
+    weight = exponent.masked_fill(~keep, -torch.inf).exp() * rearrange(t.dt, "b l h -> b h 1 l")
     scores = torch.einsum("bign,bjgn->bgij", row_C, t.B)
     return (weight.unflatten(1, (G, -1)) * scores[:, :, None]).flatten(1, 2)
 
 
-def _between_blocks(x: Tensor, t: Triangle, row_C: Tensor, ids: Tensor | None, batch: int) -> Tensor:
-    """What the blocks (batch c, Q, ...) read from the blocks before them (behind them, if upper)."""
-    row, column = _log_decays(t)
-    end = 0 if t.upper else x.shape[1] - 1  # the token of a block that its successor meets first
-    total = column[:, end]
-    weight, decay, read = t.dt * (total[:, None] - column).exp(), total.exp(), row.exp()
-    if ids is not None:
-        last = rearrange(ids[:, end], "(b c) -> b c", b=batch)
-        before = rearrange(t.step(last + 2) - 2, "b c -> (b c) 1")  # -2 where no block comes before
-        weight = weight * (ids == ids[:, end : end + 1])[..., None]
-        decay = decay * (before == ids[:, end : end + 1])
-        read = read * (before == ids)[..., None]
-    G, dtype = t.B.shape[2], x.dtype
-    by_group = lambda v: v.unflatten(2, (G, -1))  # noqa: E731  (.., H, ..) -> (.., G, H / G, ..)
-    local = torch.einsum("bjgn,bjgep->bgenp", t.B, by_group((weight[..., None] * x).to(dtype)))
-    state = _scan(local.flatten(1, 2).to(decay.dtype), decay, batch, t.upper)
-    y = torch.einsum("bign,bgenp->bigep", row_C, state.unflatten(1, (G, -1)).to(dtype)).flatten(2, 3)
-    return read[..., None] * y
-
-
-def _scan(local: Tensor, decay: Tensor, batch: int, reverse: bool) -> Tensor:
-    """The state that enters each block: S <- decay S + local, block after block."""
-    local, decay = (rearrange(v, "(b c) ... -> c b ...", b=batch) for v in (local, decay))
-    steps = list(zip(local.unbind(0), decay.unbind(0), strict=True))
-    state = torch.zeros_like(local[0])
-    entering = []
-    for add, keep in reversed(steps) if reverse else steps:
-        entering.append(state)
-        state = keep[..., None, None] * state + add
-    return rearrange(entering[::-1] if reverse else entering, "c b ... -> (b c) ...")
-
-
-def _from_initial(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None) -> Tensor | float:
+def from_initial(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None) -> Tensor | float:
     """What each row reads from the initial states, decayed since its document's start."""
     y: Tensor | float = 0.0
     for t in triangles:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import reference
+from .chunked import chunked
 from .documents import Documents
 from .triangle import Triangle
 
-IMPLEMENTATIONS = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": reference.chunked}
+IMPLEMENTATIONS = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked}
 
 
 def semiseparable(

@@ -6,13 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_ssm.ops import Documents, Triangle, layout, semiseparable
-from hydra_ssm.ops.reference import chunked
+from hydra_ssm.ops.chunked import chunked
 from hydra_ssm.ops.semiseparable import IMPLEMENTATIONS
 
 FORMS = [name for name in IMPLEMENTATIONS if name != "recurrent"]
 
 
-def problem(length, *, batch=2, heads=4, headdim=3, groups=2, state=5, strict=True, initial=False, uppers=(False, True)):
+def problem(
+    length, *, batch=2, heads=4, headdim=3, groups=2, state=5, strict=True, initial=False, uppers=(False, True)
+):
     """x and triangles, all of them leaves of the graph."""
     leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64).requires_grad_()  # noqa: E731
     positive = lambda *shape: torch.rand(*shape, dtype=torch.float64).requires_grad_()  # noqa: E731
@@ -52,9 +54,7 @@ def test_dense_and_chunked_equal_the_recurrence(length, strict):
     initial=st.booleans(), uppers=st.sampled_from([(False,), (True,), (False, True)]), data=st.data(),
 )  # fmt: skip
 def test_packed_documents_with_padding_and_initial_states_agree(length, heads, groups, strict, initial, uppers, data):
-    x, triangles = problem(
-        length, batch=1, heads=heads, groups=groups, strict=strict, initial=initial, uppers=uppers
-    )
+    x, triangles = problem(length, batch=1, heads=heads, groups=groups, strict=strict, initial=initial, uppers=uppers)
     cuts = data.draw(st.lists(st.integers(0, length), max_size=6))
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
     place = layout((1, length), kept[None], torch.tensor([0, *sorted(cuts), length]))
