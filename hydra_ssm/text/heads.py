@@ -34,8 +34,21 @@ def _labels(config: HydraConfig) -> int:
     return config.num_labels
 
 
+class MaskedLMHead(nn.Module):
+    """BERT's: dense, GELU, LayerNorm."""
+
+    def __init__(self, config: HydraConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., hidden_size) in and out."""
+        return self.norm(F.gelu(self.dense(h)))
+
+
 class HydraForMaskedLM(HydraPreTrainedModel):
-    """Predicts words with BERT's head: dense, GELU, LayerNorm, and a decoder tied to the embeddings, with a bias."""
+    """Predicts words with BERT's head and a decoder that is tied to the embeddings, with a bias."""
 
     _tied_weights_keys = {"decoder.weight": "model.embeddings.word_embeddings.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch
@@ -43,8 +56,7 @@ class HydraForMaskedLM(HydraPreTrainedModel):
     def __init__(self, config: HydraConfig) -> None:
         super().__init__(config)
         self.model = HydraModel(config)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = MaskedLMHead(config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -87,7 +99,7 @@ class HydraForMaskedLM(HydraPreTrainedModel):
 
     def predict(self, h: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., hidden_size)."""
-        return self.decoder(self.norm(F.gelu(self.dense(h))))
+        return self.decoder(self.head(h))
 
 
 class _Pooled(HydraPreTrainedModel):

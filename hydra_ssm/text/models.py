@@ -126,6 +126,8 @@ def positions(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tens
 class HydraModel(HydraPreTrainedModel):
     """Embeddings and an encoder: one vector a token."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^decoder\."]  # noqa: RUF012 - of a masked LM, not used here
+
     def __init__(self, config: HydraConfig) -> None:
         super().__init__(config)
         self.embeddings = HydraEmbeddings(config)
