@@ -131,7 +131,10 @@ class Placed(StructuredMatrix):
         row, place = self.layout.target // width, self.layout.target % width  # (B, L) each
         heads = torch.arange(M.shape[1], device=M.device)[:, None, None]
         picked = M[row[:, None, :, None], heads, place[:, None, :, None], place[:, None, None, :]]
-        return picked.masked_fill(row[:, None, :, None] != row[:, None, None, :], 0.0)
+        apart = row[:, :, None] != row[:, None, :]
+        if self.layout.valid is not None:
+            apart = apart | ~(self.layout.valid[:, :, None] & self.layout.valid[:, None, :])
+        return picked.masked_fill(apart[:, None], 0.0)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Take, multiply, restore."""

@@ -27,8 +27,11 @@ class Triangle:
 
     @property
     def log_decay(self) -> Tensor:
-        """a = dt A (B, L, H), in the precision of dt: sums of it are exponents."""
-        return self.dt * self.A.to(self.dt.dtype)
+        """a = dt A (B, L, H), in the precision of dt: sums of it are exponents.
+
+        It stops where exp is zero: a larger one says nothing more, and would cost the sums that pass it their digits.
+        """
+        return (self.dt * self.A.to(self.dt.dtype)).clamp(min=-750.0 if self.dt.dtype == torch.float64 else -105.0)
 
     def step(self, t: Tensor, dim: int = 1) -> Tensor:
         """`t` moved one token along the reading direction, zeros coming in."""

@@ -1,0 +1,68 @@
+"""The residual stack: norms, feed-forward layers, hybrids, checkpointing."""
+
+import pytest
+import torch
+
+from hydra_ssm import Encoder, MatrixMixer, SelfAttention
+
+SMALL = {"d_state": 4, "headdim": 8}
+HYBRID = ["hydra", "attention", "low_rank", {"matrix": "attention", "d_conv": 3}, {"matrix": "dft", "max_length": 50}]
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("d_ff", [0, 24])
+def test_one_encoder_holds_any_mixers(norm, d_ff):
+    encoder = Encoder(16, HYBRID, norm=norm, d_ff=d_ff, **SMALL)
+    y = encoder(torch.randn(2, 11, 16))
+    y.sum().backward()
+    assert y.shape == (2, 11, 16)
+    assert all(p.grad is not None for n, p in encoder.named_parameters())
+    assert isinstance(encoder.layers[1].mixer, SelfAttention)
+    assert type(encoder.layers[3].mixer) is MatrixMixer
+
+
+def test_post_norm_and_pre_norm_are_where_they_should_be():
+    h = torch.randn(1, 5, 16)
+    post, pre = (Encoder(16, ["hydra"], norm=norm, **SMALL) for norm in ("post", "pre"))
+    layer = post.layers[0]
+    torch.testing.assert_close(post(h), layer.norm(h + layer.mixer(h)))
+    layer = pre.layers[0]
+    torch.testing.assert_close(pre(h), pre.last_norm(h + layer.mixer(layer.norm(h))))
+
+
+def test_every_layer_is_returned_on_request():
+    encoder = Encoder(16, ["hydra", "attention"], **SMALL)
+    h, mask = torch.randn(2, 9, 16), torch.rand(2, 9) > 0.3
+    states = encoder(h, mask, every_layer=True)
+    assert states.shape == (2, 9, 3, 16)
+    torch.testing.assert_close(states[:, :, -1], encoder(h, mask))
+    torch.testing.assert_close(states[:, :, 0][mask], h[mask])
+
+
+def test_checkpointing_changes_memory_and_no_gradient():
+    encoder = Encoder(16, ["hydra", "attention"], d_ff=24, dropout=0.1, **SMALL)
+    h, mask, found = torch.randn(2, 9, 16), torch.rand(2, 9) > 0.3, {}
+    for on in (False, True):
+        encoder.gradient_checkpointing = on
+        encoder.zero_grad()
+        torch.manual_seed(1)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            loss = encoder(h, mask).square().sum()
+        loss.backward()
+        found[on] = sum(saved), [p.grad.clone() for p in encoder.parameters()]
+    torch.testing.assert_close(found[True][1], found[False][1])
+    assert found[True][0] < found[False][0] / 3
+
+
+def test_misfits_are_named():
+    with pytest.raises(ValueError, match=r"a mixer must be one of hydra, attention, dense, .*got 'mamba'"):
+        Encoder(16, ["mamba"])
+    with pytest.raises(ValueError, match="at least one mixer"):
+        Encoder(16, [])
+    with pytest.raises(ValueError, match="norm must be 'post' or 'pre', got 'sandwich'"):
+        Encoder(16, ["hydra"], norm="sandwich")
+    with pytest.raises(ValueError, match="headdim must divide expand \\* d_model = 32, got 9"):
+        Encoder(16, ["hydra"], headdim=9)
+    with pytest.raises(ValueError, match="h must be"):
+        Encoder(16, ["hydra"], **SMALL)(torch.zeros(2, 0, 16))

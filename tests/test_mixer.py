@@ -1,0 +1,204 @@
+"""The block: its options, precisions, lengths, errors, and what compiles."""
+
+import copy
+
+import pytest
+import torch
+
+from hydra_ssm import MATRICES, Hydra, MatrixMixer, SelfAttention
+
+SMALL = {"d_state": 4, "headdim": 8}
+DATA_DEPENDENT = [name for name, c in MATRICES.items() if c.data_dependent]
+FIXED = [name for name, c in MATRICES.items() if c.fixed]
+
+
+@pytest.mark.parametrize("name", DATA_DEPENDENT)
+@pytest.mark.parametrize("length", [1, 2, 37, 131])
+def test_data_dependent_classes_work_at_any_length(name, length):
+    m = MatrixMixer(16, name, max_length=20, **SMALL)
+    assert m(torch.randn(2, length, 16)).shape == (2, length, 16)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_fixed_classes_take_what_is_shorter_and_refuse_what_is_longer(name):
+    m = MatrixMixer(16, name, data_dependent=False, max_length=20, **SMALL)
+    for length in (1, 7, 20):
+        assert m(torch.randn(2, length, 16)).isfinite().all()
+    with pytest.raises(ValueError, match="lengths up to max_length = 20, got 21"):
+        m(torch.randn(2, 21, 16))
+    with pytest.raises(ValueError, match="lengths up to max_length = 20, got 21"):
+        m(torch.randn(1, 30, 16), cu_seqlens=torch.tensor([0, 9, 30]))
+    assert m(torch.randn(1, 30, 16), cu_seqlens=torch.tensor([0, 10, 30])).isfinite().all()
+
+
+def test_the_features_of_the_fixed_form_are_tables_of_positions():
+    m = MatrixMixer(16, "attention", data_dependent=False, max_length=9, **SMALL)
+    one, other = torch.randn(2, 1, 9, 16)
+    torch.testing.assert_close(m.matrix(one).dense(), m.matrix(other).dense())
+    m(one).sum().backward()
+    assert m.get_parameter("tables.k").grad.abs().sum() > 0
+
+
+def test_hydra_has_the_released_names_and_shapes():
+    shapes = {
+        n: tuple(p.shape)
+        for n, p in Hydra(32, 16, headdim=16, ngroups=2, learnable_init_states=True).named_parameters()
+    }
+    assert shapes == {
+        "in_proj.weight": (64 + 64 + 4 * 2 * 16 + 2 * 4, 32),
+        "conv1d.weight": (64 + 4 * 2 * 16, 1, 7),
+        "conv1d.bias": (64 + 4 * 2 * 16,),
+        "dt_bias": (4,),
+        "A_log": (4,),
+        "D": (4,),
+        "fc_D.weight": (4, 64),
+        "init_states": (4, 16, 16),
+        "norm.weight": (64,),
+        "out_proj.weight": (32, 64),
+    }
+
+
+def test_initialisation_follows_the_paper():
+    m = Hydra(512, headdim=8)
+    dt = torch.nn.functional.softplus(m.dt_bias)
+    assert 1e-3 <= dt.min() < 2e-3
+    assert 5e-2 < dt.max() <= 0.1 + 1e-6
+    assert m.A_log.abs().max() == 0
+    assert (m.D == 1).all()
+    A = Hydra(512, headdim=8, A_init_range=(1, 16)).A_log.exp()
+    assert 1 <= A.min() < 3
+    assert 12 < A.max() <= 16 + 1e-5
+    undecayed = {n for n, p in m.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert undecayed == {"A_log", "dt_bias", "D"}
+
+
+def test_dt_limit_bounds_the_steps():
+    m = Hydra(16, dt_limit=(0.01, 0.05), **SMALL)
+    dt = m.matrix(20 * torch.randn(1, 50, 16)).triangles[0].dt.detach()
+    assert dt.min() == pytest.approx(0.01)
+    assert dt.max() == pytest.approx(0.05)
+
+
+def test_bias_options_add_biases():
+    names = {n for n, _ in Hydra(16, bias=True, conv_bias=False, **SMALL).named_parameters()}
+    assert {"in_proj.bias", "out_proj.bias"} < names
+    assert "conv1d.bias" not in names
+
+
+def test_shared_B_and_C_serve_both_directions():
+    m = MatrixMixer(16, "quasiseparable_shared", **SMALL)
+    causal, anticausal = m.matrix(torch.randn(1, 9, 16)).triangles
+    assert causal.B is anticausal.B
+    assert m.in_proj.out_features == 32 + 32 + 2 * 4 + 2 * 4
+
+
+def test_self_attention_is_the_transformers():
+    m = SelfAttention(32, headdim=8).double()
+    reference = torch.nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+    v, q, k = m.in_proj.weight.split(32)
+    vb, qb, kb = m.in_proj.bias.split(32)
+    reference.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([q, k, v]), "in_proj_bias": torch.cat([qb, kb, vb]),
+            "out_proj.weight": m.out_proj.weight, "out_proj.bias": m.out_proj.bias,
+        }
+    )  # fmt: skip
+    u, mask = torch.randn(2, 11, 32, dtype=torch.float64), torch.ones(2, 11, dtype=torch.bool)
+    mask[1, 6:] = False
+    expected = reference(u, u, u, key_padding_mask=~mask, need_weights=False)[0]
+    torch.testing.assert_close(m(u, mask)[mask], expected[mask], rtol=0, atol=1e-12)
+
+
+def test_the_matrix_of_a_trained_layer_is_differentiable_and_mixes_as_the_layer_does():
+    m = Hydra(16, **SMALL).double()
+    u = torch.randn(2, 9, 16, dtype=torch.float64)
+    M = m.matrix(u).dense()
+    assert M.shape == (2, 4, 9, 9)
+    M.square().sum().backward()
+    assert m.A_log.grad.abs().sum() > 0
+    z, inputs = m._project(u, None)
+    y = torch.einsum("bhij,bjhp->bihp", M, inputs.x).flatten(2)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * m.norm.weight * torch.nn.functional.silu(z)
+    torch.testing.assert_close(m.out_proj(y), m(u))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", DATA_DEPENDENT)
+def test_half_precision_modules_and_autocast_stay_near_float32(name, dtype):
+    exact = MatrixMixer(32, name, headdim=16, d_state=8)
+    u = torch.randn(2, 70, 32)
+    y = exact(u)
+    half = copy.deepcopy(exact).to(dtype)
+    for parameter in ("A_log", "dt_bias", "D"):
+        if hasattr(half, parameter):
+            assert getattr(half, parameter).dtype == torch.float32
+            assert torch.equal(getattr(half, parameter), getattr(exact, parameter))
+    close = 8 * torch.finfo(dtype).eps
+    plain = half(u.to(dtype))
+    assert plain.dtype == dtype
+    assert (plain.float() - y).norm() < close * y.norm()
+    with torch.autocast("cpu", dtype):
+        cast = exact(u.requires_grad_())
+        loss = cast.float().square().mean()
+    loss.backward()
+    assert cast.dtype == dtype
+    assert (cast.float() - y).norm() < close * y.norm()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in exact.parameters())
+
+
+def test_a_module_made_in_half_precision_keeps_its_decays_in_float32():
+    m = Hydra(16, dtype=torch.bfloat16, **SMALL)
+    assert {n for n, p in m.named_parameters() if p.dtype == torch.float32} == {"A_log", "dt_bias", "D"}
+    m.double()
+    assert all(p.dtype == torch.float64 for p in m.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_class_compiles_without_a_graph_break(name):
+    torch.compiler.reset()
+    m = MatrixMixer(16, name, max_length=24, **SMALL)
+    u, mask = torch.randn(2, 20, 16), torch.rand(2, 20) > 0.3
+    torch.testing.assert_close(torch.compile(m, fullgraph=True, backend="aot_eager")(u, mask), m(u, mask))
+
+
+def test_a_deep_copy_and_a_state_dict_carry_everything():
+    m = MatrixMixer(16, "cauchy", data_dependent=False, max_length=20, **SMALL)
+    other = MatrixMixer(16, "cauchy", data_dependent=False, max_length=20, **SMALL)
+    other.load_state_dict(m.state_dict())
+    u = torch.randn(1, 20, 16)
+    assert torch.equal(other(u), m(u))
+    assert torch.equal(copy.deepcopy(m)(u), m(u))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"headdim": 100}, "headdim must divide expand * d_model = 32, got 100"),
+        ({"d_conv": 4}, "d_conv must be odd, so that the convolution has a centre, got 4"),
+        ({"ngroups": 3}, "ngroups must divide the 4 heads, got 3"),
+        ({"d_state": 0}, "d_state must be at least 1, got 0"),
+        ({"matrix": "circulant"}, "matrix must be one of dense, attention,"),
+        ({"matrix": "dense", "data_dependent": True}, "Dense has a fixed form alone, no data-dependent one"),
+        ({"matrix": "concat", "headdim": 32}, "concat needs an even number of heads"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(options, message):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        MatrixMixer(16, **{"matrix": "quasiseparable", **SMALL, **options})
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("u", "error", "message"),
+    [
+        (torch.zeros(2, 5, 8), ValueError, "u must be (batch, length, d_model = 16), none of them 0, got (2, 5, 8)"),
+        (torch.zeros(5, 16), ValueError, "got (5, 16)"),
+        (torch.zeros(2, 0, 16), ValueError, "got (2, 0, 16)"),
+        (torch.zeros(2, 5, 16, dtype=torch.long), TypeError, "u must be floating point, got torch.int64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(u, error, message):
+    with pytest.raises(error) as raised:
+        Hydra(16, **SMALL)(u)
+    assert message in str(raised.value)
