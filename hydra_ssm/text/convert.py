@@ -49,7 +49,13 @@ _WORDS = "model.embeddings.word_embeddings.weight"
 
 
 def convert_checkpoint(
-    checkpoint: str | Path, out: str | Path, *, ngroups: int = 1, drop: Sequence[str] = (), **fields: Any
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    ngroups: int = 1,
+    drop: Sequence[str] = (),
+    skip_objects: bool = False,
+    **fields: Any,
 ) -> HydraConfig:
     """Write the HF directory `out` from a released checkpoint; gives its configuration.
 
@@ -59,6 +65,8 @@ def convert_checkpoint(
         checkpoint: a torch.save file with keys as above, nested or flat, behind any prefix such as state.model.model.
         out: the directory to make; it must not exist, or be empty.
         ngroups: groups of B and C, which shapes do not tell.
+        skip_objects: leave out the Python objects that trainers save beside tensors, instead of refusing the file. They
+            are replaced by empty ones, and no code runs.
         drop: patterns (* and ?) of keys to leave out, as above and without the prefix.
         fields: of HydraConfig, instead of what shapes tell. For ablation blocks `mixers`, with all that they need:
             mixers={"matrix": "low_rank", "d_state": 16}.
@@ -70,7 +78,9 @@ def convert_checkpoint(
     checkpoint, out = Path(checkpoint), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} must not exist yet, or be an empty folder")
-    released = {k: v for k, v in _model(_read(checkpoint)).items() if not any(fnmatchcase(k, p) for p in drop)}
+    released = {
+        k: v for k, v in _model(_read(checkpoint, skip_objects)).items() if not any(fnmatchcase(k, p) for p in drop)
+    }
     state, layers = _place(released)
     config = HydraConfig(**{**_sizes(state, layers, ngroups), "num_hidden_layers": len(layers), **fields})
     for i, (block, spec) in enumerate(zip(layers, config.layer_mixers, strict=True)):
@@ -81,16 +91,29 @@ def convert_checkpoint(
     return config
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+class _Nothing:
+    """Stands in for a Python object of a checkpoint, whatever it is called with."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read(path: Path, skip_objects: bool) -> dict[str, Tensor]:
     """The tensors of a file by their dotted names."""
     with path.open("rb"):  # a file that cannot be read says so itself
         pass
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if skip_objects else []
+        with torch.serialization.safe_globals([(_Nothing, name) for name in unknown]):
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises any kind for a damaged file
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code and isinstance(error, UnpicklingError):
-            what = f"holds Python objects ({code[1]}), which could run code: save its tensors alone"
+            way = "save its tensors alone" if skip_objects else "skip_objects leaves them out"
+            what = f"holds Python objects ({code[1]}), which could run code: {way}"
         else:
             what = f"is not a whole PyTorch checkpoint ({type(error).__name__}: {_first_sentence(error)})"
         raise ValueError(f"{path} {what}") from None

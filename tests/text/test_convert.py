@@ -2,10 +2,13 @@
 
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,20 +168,38 @@ def test_keys_can_be_dropped_by_name(folder: Path) -> None:
     AutoModelForMaskedLM.from_pretrained(folder / "out")
 
 
+def test_objects_beside_the_tensors_can_be_left_out(folder: Path) -> None:
+    """As trainers save them: the time that has passed, the state of numpy's generator, metrics."""
+    state = {"model": {f"model.{key}": value for key, value in make_released(hydra).items()}}
+    objects = [timedelta(days=1), np.random.RandomState(0).get_state(), Code(folder / "ran"), Namespace(a=[1], b=(2,))]
+    torch.save({"state": state | {"timestamp": objects[0]}, "rng": objects[1], "run": objects[2:]}, folder / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt holds Python objects \(.*skip_objects"):
+        convert_checkpoint(folder / "run.pt", folder / "out")
+    convert_checkpoint(folder / "run.pt", folder / "out", skip_objects=True)
+    AutoModelForMaskedLM.from_pretrained(folder / "out")
+    assert not (folder / "ran").exists()
+
+
+def make_folder(path: str) -> None:
+    Path(path).mkdir()
+
+
 class Code:
-    """Runs a command when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
-    def __init__(self, touched: Path) -> None:
-        self.touched = touched
+    def __init__(self, touched: Path, function: Callable[[str], None] = make_folder) -> None:
+        self.touched, self.function = touched, function
 
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return os.mkdir, (str(self.touched),)
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return self.function, (str(self.touched),)
 
 
-def test_code_in_a_checkpoint_never_runs(folder: Path) -> None:
-    torch.save({"state": {"model": make_released(hydra)}, "more": Code(folder / "ran")}, folder / "code.pt")
+@pytest.mark.parametrize("skip_objects", [False, True])
+def test_code_in_a_checkpoint_never_runs(folder: Path, skip_objects: bool) -> None:
+    state = {"model": make_released(hydra)}
+    torch.save({"state": state, "more": Code(folder / "ran", os.mkdir)}, folder / "code.pt")
     with pytest.raises(ValueError, match=r"code\.pt holds Python objects \(posix\.mkdir\)") as error:
-        convert_checkpoint(folder / "code.pt", folder / "out")
+        convert_checkpoint(folder / "code.pt", folder / "out", skip_objects=skip_objects)
     assert "\n" not in str(error.value)
     assert not (folder / "ran").exists()
 
