@@ -29,6 +29,11 @@ def _named(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, "return_dict": True}
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """For a loss: float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _labels(config: HydraConfig) -> int:
     assert config.num_labels is not None  # 2 where the user says nothing
     return config.num_labels
@@ -94,7 +99,7 @@ class HydraForMaskedLM(HydraPreTrainedModel):
             chosen = labels != IGNORED
             logits, labels = self.predict(h[chosen]), labels[chosen]
             count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / count
+            loss = F.cross_entropy(_wide(logits), labels, reduction="sum") / count
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def predict(self, h: Tensor) -> Tensor:
@@ -159,7 +164,7 @@ class HydraForSequenceClassification(_Pooled):
         logits = self.classify(outputs.last_hidden_state, attention_mask, inputs.get("cu_seqlens"))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits.float(), self.config)
+            loss = self.loss_function(labels, _wide(logits), self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -191,7 +196,7 @@ class HydraForMultipleChoice(_Pooled):
         mask, flat = _rows(attention_mask), {name: _rows(value) for name, value in inputs.items()}
         outputs = self.model(_rows(input_ids), mask, _rows(token_type_ids), **_named(flat))
         logits = self.classify(outputs.last_hidden_state, mask, None).view(-1, given.shape[1])
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else F.cross_entropy(_wide(logits), labels)
         return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -254,7 +259,7 @@ class HydraForQuestionAnswering(HydraPreTrainedModel):
         start, end = (t.contiguous() for t in self.classifier(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start.float(), end.float(), start_positions, end_positions)
+            loss = self.loss_function(_wide(start), _wide(end), start_positions, end_positions)
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start, end_logits=end, hidden_states=outputs.hidden_states
         )
