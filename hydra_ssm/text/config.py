@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -167,8 +168,11 @@ def preset(name: str, **changes: Any) -> HydraConfig:
       `preset("hydra-12", mixers="mine")`.
 
     Raises:
-        ValueError: there is no such preset; the message lists the names.
+        ValueError: there is no such preset, the message lists the names; or no such field.
     """
     if name not in PRESETS:
         raise ValueError(f"a preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    known = {field.name for field in fields(HydraConfig)} | {"num_labels"}
+    if unknown := changes.keys() - known:
+        raise ValueError(f"HydraConfig has no field {', '.join(sorted(unknown))}")
     return HydraConfig(**{**PRESETS[name], **changes})

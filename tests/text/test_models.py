@@ -261,6 +261,7 @@ def test_presets_have_their_sizes() -> None:
     ("make", "message"),
     [
         (lambda: preset("hydra-huge"), "one of hydra-base, bert-base, .*got 'hydra-huge'"),
+        (lambda: preset("hydra-tiny", d_sate=8), "no field d_sate"),
         (lambda: HydraConfig(mixers="mamba"), "a mixer must be one of hydra, attention.*'mamba'"),
         (lambda: HydraConfig(mixers={"matrix": "none"}), "matrix must be one of dense.*'none'"),
         (lambda: HydraConfig(mixers=["hydra", "attention"], num_hidden_layers=3), "num_hidden_layers = 3, got 2"),
