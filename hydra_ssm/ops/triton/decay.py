@@ -1,6 +1,13 @@
-"""Step sizes and log-decays of both directions, transposed and summed within chunks: what every other kernel reads."""
+"""Log-decays of both directions, summed within chunks and transposed: what every other kernel reads.
+
+Four numbers a token and head, side by side: (row_f, row_b, column_f, column_b), all log2. From column token j to row i
+of a chunk the decay exp(a_{j+1} + ... + a_{i-1}) is 2 ** (row_i - column_j). For 16-bit products the step dt_j is part
+of the column (folded); float32 keeps it apart, so that neighbours, whose decay is 1, lose nothing to long sums.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,15 +15,37 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+SMALLEST_STEP = 2.0**-100  # what dt = 0 counts as: it adds nothing, and gradients may divide by it
 
 
 @triton.jit
+def load_decays(decays, i):
+    """(row_f, row_b, column_f, column_b) of the tokens i, each of the shape of i."""
+    Q: tl.constexpr = i.shape[0]
+    # One load of 4 Q numbers: split into four, the compiler would repeat them in every warp.
+    four = tl.load(decays + i[:, None] * 4 + tl.arange(0, 4)[None, :])
+    f, b = tl.split(tl.reshape(four, [Q, 2, 2]))
+    row_f, column_f = tl.split(f)
+    row_b, column_b = tl.split(b)
+    return row_f, row_b, column_f, column_b
+
+
+@triton.jit
+def load_steps(steps, i):
+    """(dt_f, dt_b) of the tokens i."""
+    return tl.split(tl.load(steps + i[:, None] * 2 + tl.arange(0, 2)[None, :]))
+
+
+@triton.jit(do_not_specialize=["L", "chunks"])
 def _decay_kernel(
     dt_f,
     dt_b,
     A,
-    sums,
+    diagonal,
+    decays,
     steps,
+    totals,
+    diagonals,
     L,
     H,
     chunks,
@@ -26,41 +55,84 @@ def _decay_kernel(
     stride_bb,
     stride_bl,
     stride_bh,
-    direction_stride,
+    stride_db,
+    stride_dl,
+    stride_dh,
+    HAS_DIAGONAL: tl.constexpr,
+    FOLDED: tl.constexpr,
     LOG2: tl.constexpr,
+    SMALLEST: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
     batch, chunk = pid // chunks, pid % chunks
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    place = chunk * Q + tl.arange(0, Q)
+    i = tl.arange(0, Q)
+    place = chunk * Q + i
     inside = (place < L)[:, None] & (h < H)[None, :]
     rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32) * LOG2
-    to = (batch * H + h)[None, :] * (chunks * Q) + place[:, None]
-    keep = (h < H)[None, :] & (place >= 0)[:, None]
-    dt = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
-    dt = dt.to(tl.float32)
-    tl.store(steps + to, dt, mask=keep)
-    tl.store(sums + to, tl.cumsum(dt * rate[None, :], 0), mask=keep)
-    dt = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
-    dt = dt.to(tl.float32)
-    tl.store(steps + direction_stride + to, dt, mask=keep)
-    tl.store(sums + direction_stride + to, tl.cumsum(dt * rate[None, :], 0, reverse=True), mask=keep)
+    head = batch * H + h
+    f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
+    b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
+    f = tl.maximum(f.to(tl.float32), SMALLEST)
+    b = tl.maximum(b.to(tl.float32), SMALLEST)
+    sum_f = tl.cumsum(f * rate[None, :], 0)
+    sum_b = tl.cumsum(b * rate[None, :], 0, reverse=True)
+    # A row's sum stops at its neighbour; the gather keeps it the very number that the neighbour's column has.
+    neighbour = tl.broadcast_to(tl.maximum(i - 1, 0)[:, None], (Q, BLOCK_H))
+    row_f = tl.where(i[:, None] > 0, tl.gather(sum_f, neighbour, 0), 0.0)
+    neighbour = tl.broadcast_to(tl.minimum(i + 1, Q - 1)[:, None], (Q, BLOCK_H))
+    row_b = tl.where(i[:, None] < Q - 1, tl.gather(sum_b, neighbour, 0), 0.0)
+    here = head * chunks + chunk
+    last = tl.where((i == Q - 1)[:, None], sum_f, 0.0)
+    tl.store(totals + here * 2, tl.sum(last, 0), mask=h < H)
+    last = tl.where((i == 0)[:, None], sum_b, 0.0)
+    tl.store(totals + here * 2 + 1, tl.sum(last, 0), mask=h < H)
+
+    to = head[:, None] * (chunks * Q) + place[None, :]
+    keep = tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q))
+    if FOLDED:
+        sum_f -= tl.log2(f)
+        sum_b -= tl.log2(b)
+    else:
+        both = tl.permute(tl.join(f, b), (1, 0, 2))
+        tl.store(steps + to[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], both, mask=keep[:, :, None])
+    four = tl.join(tl.join(row_f, sum_f), tl.join(row_b, sum_b))
+    four = tl.permute(tl.reshape(four, [Q, BLOCK_H, 4]), (1, 0, 2))
+    tl.store(decays + to[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], four, mask=keep[:, :, None])
+    if HAS_DIAGONAL:
+        ds = diagonal + batch * stride_db + place[:, None] * stride_dl + h[None, :] * stride_dh
+        d = tl.load(ds, mask=inside, other=0.0).to(tl.float32)
+        tl.store(diagonals + to, tl.trans(d), mask=keep)
 
 
-def decay_sums(dt_f: Tensor, dt_b: Tensor, A: Tensor, Q: int) -> tuple[Tensor, Tensor]:
-    """(sums, steps), each (2, B, H, L rounded up to Q) float32: log2-decays summed in reading order within chunks, and dt.
+@dataclass(frozen=True)
+class Decays:
+    """Per chunk of Q tokens, float32: what the kernels read of dt, A and the diagonal."""
 
-    Position 0 of the first axis is the causal direction. Both are zero-padded: past the end dt is zero.
-    """
+    sums: Tensor  # (B, H, L', 4), L' = chunks Q: past the end dt is zero
+    steps: Tensor | None  # (B, H, L', 2), None where folded into the columns
+    totals: Tensor  # (B, H, chunks, 2) the chunks' whole log2-decays, causal and anticausal
+    diagonal: Tensor | None  # (B, H, L')
+
+
+def chunk_decays(dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, Q: int, folded: bool) -> Decays:
+    """The decays of dt (B, L, H) and A (H,), and the diagonal (B, L, H) beside them."""
     batch, L, H = dt_f.shape
     chunks = triton.cdiv(L, Q)
-    sums = torch.empty(2, batch, H, chunks * Q, dtype=torch.float32, device=dt_f.device)
-    steps = torch.empty_like(sums)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(batch, H, *shape, dtype=torch.float32, device=dt_f.device)
+
+    sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
+    steps = None if folded else empty(chunks * Q, 2)
+    diagonals = None if diagonal is None else empty(chunks * Q)
     block = min(triton.next_power_of_2(H), 8)
     _decay_kernel[(batch * chunks, triton.cdiv(H, block))](
-        dt_f, dt_b, A, sums, steps, L, H, chunks, *dt_f.stride(), *dt_b.stride(), sums.stride(0),
-        LOG2=LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
+        dt_f, dt_b, A, dt_f if diagonal is None else diagonal, sums, sums if steps is None else steps, totals,
+        sums if diagonals is None else diagonals, L, H, chunks, *dt_f.stride(), *dt_b.stride(),
+        *((0, 0, 0) if diagonal is None else diagonal.stride()), HAS_DIAGONAL=diagonal is not None, FOLDED=folded,
+        LOG2=LOG2E, SMALLEST=SMALLEST_STEP, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return sums, steps
+    return Decays(sums, steps, totals, diagonals)

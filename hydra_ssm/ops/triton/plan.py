@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .feature_grads import FeatureGradsConfig
 from .output import OutputConfig
 from .states import StatesConfig
+from .value_grads import ValueGradsConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Plan:
     precision: str = "tf32"  # of float32 products; "ieee" is exact, and ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    value_grads: ValueGradsConfig = field(default_factory=ValueGradsConfig)
+    feature_grads: FeatureGradsConfig = field(default_factory=FeatureGradsConfig)
 
 
 def divisor(n: int, most: int) -> int:
@@ -28,15 +32,17 @@ def divisor(n: int, most: int) -> int:
 
 def plan(x: Tensor, features: Tensor) -> Plan:
     """The plan for x (B, L, H, P) and features (B, L, G, N)."""
-    batch, L, H, P = x.shape
+    batch, _, H, P = x.shape
     G, N = features.shape[2:]
     wide = x.dtype == torch.float32
     chunk = 32 if wide or max(N, P) > 64 else 128
-    walkers = 2 * batch * H
-    stretches = max(1, min(512 // walkers, L // (8 * chunk)))
     return Plan(
         chunk=chunk,
         precision="ieee",
-        states=StatesConfig(stretches=stretches),
-        output=OutputConfig(heads=divisor(H // G, 4), warps=4 if wide else 8),
+        states=StatesConfig(local=2 * batch * H < 132),
+        output=OutputConfig(heads=divisor(H // G, 4), rows=chunk if wide else 64, packed=not wide, warps=4),
+        value_grads=ValueGradsConfig(
+            heads=divisor(H // G, 12), halves=1 if chunk == 32 else 2, warps=4 if chunk == 32 else 8
+        ),
+        feature_grads=FeatureGradsConfig(rows=min(chunk, 64)),
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
-from .decay import decay_sums
+from .decay import chunk_decays
+from .feature_grads import feature_grads
 from .output import chunk_outputs
 from .plan import Plan, plan
 from .states import chunk_states
+from .step_grads import step_grads
+from .value_grads import value_grads
 
 
 def quasiseparable_forward(
@@ -21,9 +25,36 @@ def quasiseparable_forward(
     """
     how = plan(x, B_f) if how is None else how
     Q = how.chunk
-    sums, steps = decay_sums(dt_f, dt_b, A, Q)
+    decays = chunk_decays(dt_f, dt_b, A, diagonal, Q, folded=x.dtype != torch.float32)
     states = None
     if triton.cdiv(x.shape[1], Q) > 1:
-        states = chunk_states(B_f, B_b, x, sums, steps, ids, Q, how.states, how.precision, adjoint=False)
+        states = chunk_states(B_f, B_b, x, decays, ids, Q, how.states, how.precision, adjoint=False)
     features = (B_f, C_f, B_b, C_b)
-    return chunk_outputs(x, features, sums, steps, ids, diagonal, states, Q, how.output, how.precision)
+    return chunk_outputs(x, features, decays, ids, states, Q, how.output, how.precision)
+
+
+def quasiseparable_backward(
+    dy: Tensor, x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor,
+    ids: Tensor | None = None, diagonal: Tensor | None = None, how: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of x, dt_f, dt_b, A, B_f, C_f, B_b, C_b and the diagonal; decays and states are computed again."""
+    how = plan(x, B_f) if how is None else how
+    Q, precision = how.chunk, how.precision
+    decays = chunk_decays(dt_f, dt_b, A, diagonal, Q, folded=x.dtype != torch.float32)
+    states = adjoint = None
+    if triton.cdiv(x.shape[1], Q) > 1:
+        states = chunk_states(B_f, B_b, x, decays, ids, Q, how.states, precision, adjoint=False)
+        adjoint = chunk_states(C_f, C_b, dy, decays, ids, Q, how.states, precision, adjoint=True)
+    features = (B_f, C_f, B_b, C_b)
+    dx, ddiagonals, tile_sums, dfeatures = value_grads(
+        x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision
+    )
+    grads, state_sums, products = feature_grads(
+        x, dy, features, decays, ids, states, adjoint, dfeatures, Q, how.feature_grads, precision
+    )
+    if states is None:
+        state_sums = products = None
+    ddt_f, ddt_b, dA, ddiagonal = step_grads(
+        dt_f, dt_b, A, diagonal, decays, tile_sums, state_sums, products, ddiagonals, Q
+    )
+    return dx, ddt_f, ddt_b, dA, grads[0], grads[1], grads[2], grads[3], ddiagonal

@@ -1,0 +1,265 @@
+"""Gradients of B and C through the states, added to the chunks' own part, and what dt and A need of the states.
+
+Per direction, with S entering the chunk that is read and T its adjoint coming the other way:
+
+    dC = (the tiles' part) + sum_h 2^row dy S^T            Rst_i = (2^row dy S^T)_i . C_i
+    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T   Cst_j = (dt 2^(total - column) x T^T)_j . B_j
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decay import Decays, load_decays, load_steps
+
+
+@triton.jit
+def _direction(
+    x,
+    dy,
+    B,
+    C,
+    decays,
+    steps,
+    totals,
+    ids,
+    states,
+    adjoint,
+    dfeatures,
+    sums,
+    products,
+    dB,
+    dC,
+    L,
+    G,
+    chunks,
+    chunk,
+    part,
+    shares,
+    sums_stride,
+    feature_stride,
+    program_stride,
+    stride_xl,
+    stride_xh,
+    stride_yl,
+    stride_yh,
+    stride_Bl,
+    stride_Cl,
+    DIRECTION: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_STATES: tl.constexpr,
+    FOLDED: tl.constexpr,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i = part * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    place = chunk * Q + i
+    inside = (place < L)[:, None]
+    neighbour = place - 1 + 2 * DIRECTION
+    exists = ((neighbour >= 0) & (neighbour < L) & (place < L))[:, None]
+    dB_sum = tl.zeros([ROWS, N], tl.float32)
+    dC_sum = tl.zeros([ROWS, N], tl.float32)
+    dfeatures += DIRECTION * 2 * feature_stride + i[:, None] * N + n[None, :]
+    for s in range(shares):
+        dB_sum += tl.load(dfeatures + s * program_stride)
+        dC_sum += tl.load(dfeatures + s * program_stride + feature_stride)
+    if HAS_STATES:
+        Bs = tl.load(B + place[:, None] * stride_Bl + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        Cs = tl.load(C + neighbour[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0).to(tl.float32)
+        if HAS_IDS:
+            if DIRECTION == 0:
+                before = tl.load(ids + chunk * Q - 1, mask=chunk > 0, other=-2)
+                end = tl.minimum(chunk * Q + Q, L) - 1
+            else:
+                before = tl.load(ids + chunk * Q + Q, mask=chunk * Q + Q < L, other=-2)
+                end = chunk * Q
+            last = tl.load(ids + end)
+            id_ = tl.load(ids + place, mask=place < L, other=-3)
+            reads = (id_ == before).to(tl.float32)
+            writes = (id_ == last).to(tl.float32)
+            keep = (before == last).to(tl.float32)
+        xs = x + place[:, None] * stride_xl + p[None, :]
+        ys = dy + place[:, None] * stride_yl + p[None, :]
+        entry = n[:, None] * P + p[None, :]
+        for h in tl.range(0, HEADS, num_stages=STAGES):
+            row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
+            total = tl.load(totals + h * chunks * 2 + DIRECTION)
+            read = tl.exp2(row_f if DIRECTION == 0 else row_b)
+            write = tl.exp2(total - (column_f if DIRECTION == 0 else column_b))
+            if not FOLDED:
+                dt_f, dt_b = load_steps(steps + h * (chunks * Q * 2), i)
+                write *= dt_f if DIRECTION == 0 else dt_b
+            g = tl.exp2(total)
+            if HAS_IDS:
+                read *= reads
+                write *= writes
+                g *= keep
+            dys = tl.load(ys + h * stride_yh, mask=inside, other=0.0)
+            values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
+            S = tl.load(states + h * (N * P) + entry)
+            T = tl.load(adjoint + h * (N * P) + entry)
+            dCs = tl.dot(dys, tl.trans(S), input_precision=PRECISION) * read[:, None]
+            dC_sum += dCs
+            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs, 1))
+            dBs = tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
+            dB_sum += dBs
+            tl.store(sums + h * (chunks * Q) + sums_stride + i, tl.sum(dBs * Bs, 1))
+            if part == 0:
+                tl.store(products + h * chunks, g * tl.sum(S.to(tl.float32) * T.to(tl.float32)))
+    tl.store(dB + place[:, None] * (G * N) + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=inside)
+    # A row's C is its neighbour's. The row without one has none to write: its zeros go to the C that nobody reads.
+    if DIRECTION == 0:
+        to = tl.where(place > 0, place - 1, L - 1)
+    else:
+        to = tl.where(place < L - 1, place + 1, 0)
+    dC_sum = tl.where(exists, dC_sum, 0.0)
+    tl.store(dC + to[:, None] * (G * N) + n[None, :], dC_sum.to(dC.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "shares", "G"])
+def _feature_grads_kernel(
+    x,
+    dy,
+    B_f,
+    C_f,
+    B_b,
+    C_b,
+    decays,
+    steps,
+    totals,
+    ids,
+    states,
+    adjoint,
+    dfeatures,
+    sums,
+    products,
+    dB_f,
+    dC_f,
+    dB_b,
+    dC_b,
+    L,
+    G,
+    chunks,
+    shares,
+    sums_stride,
+    product_stride,
+    feature_stride,
+    program_stride,
+    state_stride,
+    stride_xb,
+    stride_xl,
+    stride_xh,
+    stride_yb,
+    stride_yl,
+    stride_yh,
+    stride_Bfb,
+    stride_Bfl,
+    stride_Bfg,
+    stride_Cfb,
+    stride_Cfl,
+    stride_Cfg,
+    stride_Bbb,
+    stride_Bbl,
+    stride_Bbg,
+    stride_Cbb,
+    stride_Cbl,
+    stride_Cbg,
+    HEADS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_STATES: tl.constexpr,
+    FOLDED: tl.constexpr,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (B chunks G (Q / ROWS) directions); HEADS are all of a group."""
+    pid = tl.program_id(0).to(tl.int64)
+    direction = pid % 2
+    parts: tl.constexpr = Q // ROWS
+    part = pid // 2 % parts
+    group = pid // (2 * parts) % G
+    chunk = pid // (2 * parts * G) % chunks
+    batch = pid // (2 * parts * G * chunks)
+    head0 = group * HEADS
+    first = batch * G * HEADS + head0
+    decays += (first * chunks + chunk) * (Q * 4)
+    steps += (first * chunks + chunk) * (Q * 2)
+    totals += (first * chunks + chunk) * 2
+    sums += (first * chunks + chunk) * Q
+    products += first * chunks + chunk
+    ids += batch * L
+    x += batch * stride_xb + head0 * stride_xh
+    dy += batch * stride_yb + head0 * stride_yh
+    at = ((batch * chunks + chunk) * G + group) * (HEADS * N * P)
+    dfeatures += ((batch * G + group) * chunks + chunk) * (Q * N)
+    out = (batch * L * G + group) * N
+    if direction == 0:
+        _direction(
+            x, dy, B_f + batch * stride_Bfb + group * stride_Bfg, C_f + batch * stride_Cfb + group * stride_Cfg,
+            decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums, products, dB_f + out, dC_f + out,
+            L, G, chunks, chunk, part, shares, sums_stride, feature_stride, program_stride,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bfl, stride_Cfl,
+            0, HEADS, HAS_IDS, HAS_STATES, FOLDED, Q, ROWS, N, P, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        at += state_stride
+        _direction(
+            x, dy, B_b + batch * stride_Bbb + group * stride_Bbg, C_b + batch * stride_Cbb + group * stride_Cbg,
+            decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums + sums_stride * 2,
+            products + product_stride, dB_b + out, dC_b + out,
+            L, G, chunks, chunk, part, shares, sums_stride, feature_stride, program_stride,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bbl, stride_Cbl,
+            1, HEADS, HAS_IDS, HAS_STATES, FOLDED, Q, ROWS, N, P, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FeatureGradsConfig:
+    """Rows of a chunk that a program owns, warps and stages."""
+
+    rows: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+def feature_grads(
+    x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
+    states: Tensor | None, adjoint: Tensor | None, dfeatures: Tensor, Q: int, config: FeatureGradsConfig,
+    precision: str,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """([dB_f, dC_f, dB_b, dC_b], sums (4, B, H, L'), products (2, B, H, chunks)).
+
+    sums: Rst and Cst, causal, then anticausal; products: 2^total <T, S> of each chunk. Unwritten where no states are.
+    """
+    batch, L, H, P = x.shape
+    G, N = features[0].shape[2:]
+    chunks = triton.cdiv(L, Q)
+    rows = min(config.rows, Q)
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in features]
+    sums = decays.sums.new_empty(4, batch, H, chunks * Q)
+    products = decays.sums.new_empty(2, batch, H, chunks)
+    strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
+    _feature_grads_kernel[(batch * chunks * G * (Q // rows) * 2,)](
+        x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
+        x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint, dfeatures, sums,
+        products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0), dfeatures.stride(1),
+        dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,
+        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None, Q=Q, ROWS=rows, N=N, P=P,
+        PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    return grads, sums, products

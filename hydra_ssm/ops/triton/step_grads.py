@@ -1,0 +1,118 @@
+"""Gradients of dt, A and the diagonal from the sums that the other kernels left.
+
+With R and Q the row and column sums of K within the chunk, Rst and Cst those through the states, per direction:
+
+    da_k = sum_{i > k} (R + Rst)_i - sum_{j >= k} Q_j + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
+    ddt = (Q + Cst) / dt + A da      dA = sum dt da
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decay import SMALLEST_STEP, Decays
+
+
+@triton.jit
+def _direction(
+    dt, ddt, tile_sums, state_sums, products, at, at_chunk, rate, h, H, place, L, stride_l, stride_h, stride,
+    REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
+    keep = (h < H)[:, None] & (place < L)[None, :]
+    rows = tl.load(tile_sums + at, mask=keep, other=0.0)
+    columns = tl.load(tile_sums + stride + at, mask=keep, other=0.0)
+    if HAS_STATES:
+        rows += tl.load(state_sums + at, mask=keep, other=0.0)
+        through = tl.load(state_sums + stride + at, mask=keep, other=0.0)
+    da = tl.cumsum(rows - columns, 1, reverse=not REVERSE) - rows
+    if HAS_STATES:
+        da += tl.cumsum(through, 1, reverse=REVERSE) - through
+        da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
+        columns += through
+    step = tl.load(dt + place[None, :] * stride_l + h[:, None] * stride_h, mask=keep, other=0.0).to(tl.float32)
+    grad = columns / tl.maximum(step, SMALLEST) + rate[:, None] * da
+    tl.store(ddt + place[None, :] * H + h[:, None], grad.to(ddt.dtype.element_ty), mask=keep)
+    return tl.sum(step * da, 1)
+
+
+@triton.jit(do_not_specialize=["L", "chunks"])
+def _step_grads_kernel(
+    dt_f,
+    dt_b,
+    A,
+    tile_sums,
+    state_sums,
+    products,
+    ddiagonals,
+    ddt_f,
+    ddt_b,
+    dA,
+    ddiagonal,
+    L,
+    H,
+    chunks,
+    stride,
+    product_stride,
+    stride_fb,
+    stride_fl,
+    stride_fh,
+    stride_bb,
+    stride_bl,
+    stride_bh,
+    HAS_DIAGONAL: tl.constexpr,
+    HAS_STATES: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid (B chunks, H / BLOCK_H)."""
+    pid = tl.program_id(0).to(tl.int64)
+    batch, chunk = pid // chunks, pid % chunks
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    i = tl.arange(0, Q)
+    place = chunk * Q + i
+    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    at = (batch * H + h)[:, None] * (chunks * Q) + place[None, :]
+    at_chunk = (batch * H + h) * chunks + chunk
+    out = batch * L * H
+    f = _direction(
+        dt_f + batch * stride_fb, ddt_f + out, tile_sums, state_sums, products, at, at_chunk, rate, h, H, place, L,
+        stride_fl, stride_fh, stride, False, HAS_STATES, SMALLEST,
+    )  # fmt: skip
+    b = _direction(
+        dt_b + batch * stride_bb, ddt_b + out, tile_sums + 2 * stride, state_sums + 2 * stride,
+        products + product_stride, at, at_chunk, rate, h, H, place, L,
+        stride_bl, stride_bh, stride, True, HAS_STATES, SMALLEST,
+    )  # fmt: skip
+    tl.store(dA + pid * H + h, f + b, mask=h < H)
+    if HAS_DIAGONAL:
+        keep = (h < H)[:, None] & (place < L)[None, :]
+        d = tl.load(ddiagonals + at, mask=keep, other=0.0)
+        tl.store(ddiagonal + out + place[None, :] * H + h[:, None], d.to(ddiagonal.dtype.element_ty), mask=keep)
+
+
+def step_grads(
+    dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, decays: Decays, tile_sums: Tensor,
+    state_sums: Tensor | None, products: Tensor | None, ddiagonals: Tensor | None, Q: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(ddt_f, ddt_b (B, L, H), dA (H,), d diagonal (B, L, H) or None), each in its tensor's dtype."""
+    batch, L, H = dt_f.shape
+    chunks = triton.cdiv(L, Q)
+    ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device)
+    ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device)
+    dA = torch.empty(batch * chunks, H, dtype=torch.float32, device=A.device)
+    ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
+    block = min(triton.next_power_of_2(H), 8)
+    _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
+        dt_f, dt_b, A, tile_sums, tile_sums if state_sums is None else state_sums,
+        tile_sums if products is None else products, tile_sums if ddiagonals is None else ddiagonals, ddt_f, ddt_b, dA,
+        dA if ddiagonal is None else ddiagonal, L, H, chunks, tile_sums.stride(0),
+        0 if products is None else products.stride(0), *dt_f.stride(), *dt_b.stride(),
+        HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, Q=Q,
+        BLOCK_H=block, num_warps=4,
+    )  # fmt: skip
+    return ddt_f, ddt_b, dA.sum(0).to(A.dtype), ddiagonal
