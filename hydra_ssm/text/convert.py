@@ -68,7 +68,7 @@ def convert_checkpoint(
         skip_objects: leave out the Python objects that trainers save beside tensors, instead of refusing the file. They
             are replaced by empty ones, and no code runs.
         drop: patterns (* and ?) of keys to leave out, as above and without the prefix.
-        fields: of HydraConfig, for what shapes do not tell, such as layer_norm_eps. For ablation blocks `mixers`, with all
+        fields: of HydraConfig, for what shapes do not tell, as layer_norm_eps. For ablation blocks `mixers`, with all
             that they need: mixers={"matrix": "low_rank", "d_state": 16}.
 
     Raises:
