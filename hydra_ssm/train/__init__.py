@@ -1,0 +1,1 @@
+"""Training: data, the Trainer, checkpoints and reports."""

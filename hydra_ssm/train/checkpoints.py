@@ -1,0 +1,132 @@
+"""Folders that are whole or not there: written beside, hashed, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished-"
+KEPT = 3  # newest checkpoints
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `target` with a manifest of its files once all is on the disk.
+
+    Whatever happens before that, `target` is as it was. Raises UserError where the files cannot be written.
+    """
+    part = target.with_name(UNFINISHED + target.name)
+    try:
+        remove(part)
+        part.mkdir(parents=True)
+        yield part
+        write_manifest(part)
+        for path in [*part.rglob("*"), part]:
+            sync(path)
+        if target.exists():  # a damaged one, or the same step again
+            remove(target)
+        part.rename(target)
+        sync(target.parent)
+    except BaseException as error:
+        full = _disk_is_full(error, target.parent)
+        remove(part)
+        if full:
+            raise UserError(
+                f"the disk is full: {target} could not be saved; what was saved before is intact"
+            ) from error
+        raise
+
+
+def _disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether that is why something could not be written. torch and safetensors have errors of their own for it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, Exception) and ("No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20)
+
+
+def write_manifest(folder: Path) -> None:
+    """The SHA-256 of every file below the folder, in a file of it."""
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What differs from the folder's manifest, or None."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if _sha256(folder / name) != expected:
+                return f"{name} has changed since it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"cannot be read: {error}"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written. Warns of each one that is not."""
+    for path in reversed(checkpoints(folder)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        warnings.warn(f"{path.name} is damaged ({reason}): going back to the checkpoint before it", stacklevel=2)
+    return None
+
+
+def remove_old(folder: Path) -> None:
+    """Keep the newest checkpoints alone."""
+    for path in checkpoints(folder)[:-KEPT]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        # Under another name first: a folder that is half removed must not look like a whole one.
+        doomed = path.with_name(UNFINISHED + "removed-" + path.name)
+        if not path.name.startswith(UNFINISHED):
+            shutil.rmtree(doomed, ignore_errors=True)
+            path = path.rename(doomed)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    part = path.with_name(UNFINISHED + path.name)
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

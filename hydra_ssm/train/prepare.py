@@ -1,0 +1,76 @@
+"""From text to what a run is made of: tokenizer, configuration, and packed rows, all on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..text import HydraConfig, preset
+from ..text.tokenizer import load_tokenizer, train_tokenizer
+from .errors import UserError
+from .packing import PackedRows, pieces
+from .recipe import Recipe
+from .sources import Corpus, open_corpus
+
+TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on; more of them change it little
+
+
+def prepare(recipe: Recipe, folder: Path) -> None:
+    """Fill a new folder with recipe.json, config.json, tokenizer/, train/ and held_out/.
+
+    Raises UserError where the recipe, the text or the tokenizer is no good.
+    """
+    config = _config(recipe)
+    corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
+    tokenizer = _tokenizer(recipe, corpus)
+    config.vocab_size = -(-len(tokenizer) // 8) * 8
+    config.pad_token_id = tokenizer.pad_token_id
+    for name, held_out in (("train", False), ("held_out", True)):
+        texts = (text for is_held_out, text in corpus if is_held_out == held_out)
+        rows = PackedRows.write(folder / name, pieces(texts, tokenizer, recipe.length), recipe.length)
+        _check_enough(rows, recipe, held_out)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
+
+
+def _config(recipe: Recipe) -> HydraConfig:
+    try:
+        config = preset(recipe.preset)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if 0 < config.max_position_embeddings < recipe.length:
+        raise UserError(
+            f"length must be at most {config.max_position_embeddings} for {recipe.preset}, got {recipe.length}"
+        )
+    return config
+
+
+def _tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerBase:
+    try:
+        if recipe.tokenizer is not None:
+            return load_tokenizer(recipe.tokenizer)
+        return train_tokenizer(list(_sample(corpus)), recipe.vocab_size)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    characters = 0
+    for text in corpus.training_texts():
+        yield text[: TOKENIZER_TEXT - characters]
+        characters += len(text)
+        if characters >= TOKENIZER_TEXT:
+            return
+
+
+def _check_enough(rows: PackedRows, recipe: Recipe, held_out: bool) -> None:
+    """One batch to train on, one row to evaluate on."""
+    needed, use = (1, "evaluate") if held_out else (recipe.batch_size * recipe.length, "train")
+    if len(rows.tokens) < needed:
+        raise UserError(
+            f"the text must have at least {needed:,} tokens to {use} on (batch_size * length to train), it has "
+            f"{len(rows.tokens):,}: give more text, or choose a smaller --batch-size or --length"
+        )

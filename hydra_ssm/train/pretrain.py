@@ -1,0 +1,145 @@
+"""Pretraining of a masked language model, from text to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
+
+from ..text import HydraConfig, HydraForMaskedLM
+from ..text.collators import MaskedLMCollator
+from ..text.tokenizer import load_tokenizer
+from .baseline import Score, unigram
+from .checkpoints import newest_whole
+from .errors import Stopped
+from .folder import RunFolder
+from .packing import PackedRows
+from .prepare import prepare
+from .progress import EvaluateAtTheEnd, ProgressBar, StopOnSignal
+from .recipe import Recipe
+from .report import write_report
+from .rows import EvaluationRows, TrainingRows
+from .trainer import MaskedLMTrainer, arguments
+
+EVALUATION_RATE = 0.15
+DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
+DEFAULT_EXAMPLE = "The [MASK] statement is used for conditional execution."
+
+
+def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
+    """Train a masked language model and leave it in the folder `out`. Returns its held-out score.
+
+    overwrite: a run that is there already is removed, once the new one has read its text.
+
+    Raises:
+        UserError: a mistake of the user's, or a full disk; what was saved before is intact.
+        Stopped: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    folder = RunFolder(out)
+    folder.check_free(overwrite)
+    console = Console()
+    with console.status("reading the text"), _quiet(), folder.begin(overwrite) as part:
+        prepare(recipe, part)
+    return Run(folder, console).train()
+
+
+def resume(out: Path) -> Score | None:
+    """Go on with the run in `out` from its newest whole checkpoint; None where it has ended.
+
+    On a CPU the result is what it would have been without the interruption, to the last bit, given the same number of
+    threads. Raises as `pretrain`; UserError where there is no run.
+    """
+    folder = RunFolder(out)
+    folder.read_recipe()
+    if folder.result():
+        return None
+    folder.check_prepared()
+    return Run(folder, Console()).train()
+
+
+class Run:
+    """A prepared run: what is read from its folder, and the way to its result."""
+
+    def __init__(self, folder: RunFolder, console: Console) -> None:
+        self.folder, self.console = folder, console
+        self.recipe = folder.read_recipe()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder.training / "tokenizer")
+        self.train_rows = PackedRows(folder.training / "train")
+        self.held_out_rows = PackedRows(folder.training / "held_out")
+        self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
+        self.baseline = unigram(self.train_rows.tokens, *self.evaluation)
+
+    def train(self) -> Score:
+        """From the newest whole checkpoint, or the start, to the end."""
+        with _quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
+            trainer = self._trainer([bar, stop])
+            checkpoint = newest_whole(self.folder.checkpoints)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            step = trainer.state.global_step
+            if step < self.recipe.steps:
+                assert stop.received is not None
+                raise Stopped(step, stop.received)
+            score = trainer.score()
+        with _quiet(), self.folder.finish() as part:
+            trainer.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
+        return score
+
+    def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
+        recipe = self.recipe
+        set_seed(recipe.seed)
+        model = HydraForMaskedLM(HydraConfig.from_pretrained(self.folder.training))
+        rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
+        return MaskedLMTrainer(
+            model,
+            arguments(recipe, self.folder.checkpoints),
+            (rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)),
+            self.evaluation,
+            processing_class=self.tokenizer,
+            callbacks=[*callbacks, EvaluateAtTheEnd(), TensorBoardCallback(SummaryWriter(self.folder.tensorboard))],
+        )
+
+    def _facts(self, trainer: MaskedLMTrainer, score: Score) -> dict[str, Any]:
+        recipe, tokens = self.recipe, len(self.train_rows.tokens)
+        return {
+            "data": ", ".join(recipe.sources) or DEFAULT_NAME,
+            "model": score,
+            "baseline": self.baseline,
+            "model_perplexity": math.exp(score.loss),
+            "baseline_perplexity": math.exp(self.baseline.loss),
+            "training_tokens": tokens,
+            "held_out_tokens": len(self.held_out_rows.tokens),
+            "fill": tokens / (len(self.train_rows) * recipe.length),
+            "passes": recipe.steps * recipe.batch_size / len(self.train_rows),
+            "vocabulary": len(self.tokenizer),
+            "parameters": trainer.model.num_parameters(),
+            "example": example(recipe),
+        }
+
+
+def example(recipe: Recipe) -> str:
+    """A text with a [MASK] that the run's model may fill."""
+    return "A sentence with one [MASK] in it." if recipe.sources else DEFAULT_EXAMPLE
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own messages off: what matters of them is shown in other ways."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,99 @@
+"""What a run shows while it trains, and how it stops when it is asked to."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .baseline import Score
+
+
+class ProgressBar(TrainerCallback):
+    """Steps, loss, masked accuracy, tokens per second and time left; a line for each evaluation.
+
+    Where the output is no terminal, a line every tenth of the run instead of a bar.
+    """
+
+    def __init__(self, console: Console, baseline: Score) -> None:
+        self.console, self.baseline, self.said = console, baseline, -1
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()  # leave the terminal as it was, also after an error
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers="")
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if "eval_loss" in logs:
+            self.console.print(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f} (word frequencies alone "
+                f"{self.baseline.loss:.3f}), masked accuracy {logs['eval_masked_accuracy']:.1%} "
+                f"({self.baseline.accuracy:.1%})",
+                soft_wrap=True,
+            )
+        if "masked_accuracy" not in logs:
+            return
+        numbers = (
+            f"loss {logs['loss']:.3f}  masked accuracy {logs['masked_accuracy']:.1%}  "
+            f"{logs['tokens_per_second']:,.0f} tokens/s"
+        )
+        self.bar.update(self.task, numbers=numbers)
+        tenth = 10 * state.global_step // state.max_steps
+        if self.bar.disable and tenth > self.said:
+            self.said = tenth
+            self.console.print(f"step {state.global_step}/{state.max_steps}: {numbers}", soft_wrap=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """The first SIGINT or SIGTERM saves a checkpoint after the current step and stops; the second does what it did."""
+
+    received: int | None = None
+
+    def __enter__(self) -> StopOnSignal:
+        self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """Trainer saves after the last step, but evaluates there only where the interval meets it."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True

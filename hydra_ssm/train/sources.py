@@ -1,0 +1,194 @@
+"""Documents from text files, folders, data sets, or the text that every Python carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import UserError
+from .reference_text import language_reference
+
+TEXT = {".txt", ".text", ".md", ".rst"}
+DATA = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+ONE_IN = 20  # so many documents, one is held out; of fewer documents, the last part of each
+
+
+class Texts(Protocol):
+    """Documents that can be read again."""
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Each file is a document."""
+
+    paths: Sequence[Path]
+
+    def __iter__(self) -> Iterator[str]:
+        return map(read_text, self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Column:
+    """Each row of a data set is a document."""
+
+    dataset: Any
+    name: str
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.dataset.select_columns(self.name).iter(1000):
+            yield from (text or "" for text in batch[self.name])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to train on, and what to keep from training."""
+
+    train: Sequence[Texts]
+    held_out: Sequence[Texts] = ()  # none: a twentieth of `train`
+
+    def __iter__(self) -> Iterator[tuple[bool, str]]:
+        """(held out, document) of all, in an order that is the same every time."""
+        if self.held_out:
+            yield from ((False, text) for texts in self.train for text in texts)
+            yield from ((True, text) for texts in self.held_out for text in texts)
+            return
+        few = sum(map(len, self.train)) < ONE_IN
+        for number, text in enumerate(text for texts in self.train for text in texts):
+            if few:
+                cut = _line_end(text, len(text) - len(text) // ONE_IN)
+                yield False, text[:cut]
+                yield True, text[cut:]
+            else:
+                yield number % ONE_IN == ONE_IN // 2, text
+
+    def training_texts(self) -> Iterator[str]:
+        """The documents to train on."""
+        return (text for held_out, text in self if not held_out)
+
+
+def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: str = "text") -> Corpus:
+    """The corpus of these files, folders and data set names; of none, Python's language reference.
+
+    Raises UserError where one does not exist, or holds no text that can be read.
+    """
+    if not sources:
+        train, kept = language_reference()
+        return Corpus([train], [open_source(s, column) for s in held_out] or [kept])
+    return Corpus([open_source(s, column) for s in sources], [open_source(s, column) for s in held_out])
+
+
+def open_source(source: str, column: str) -> Texts:
+    """The documents of one file, folder or data set name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, column)
+    if path.is_file():
+        return _data_files([path], column) if path.suffix in DATA else Files([path])
+    if path.suffix in TEXT | DATA.keys() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+        raise UserError(f"there is no file or folder {source}")
+    return _hub(source, column)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises UserError where it is empty or something else."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8 text, its byte {error.start} is not: {error.reason}") from error
+    if "\0" in text:
+        raise UserError(f"{path} must be text, it holds a zero byte at {text.index(chr(0))}: a binary file?")
+    if not text.strip():
+        raise UserError(f"{path} must hold text, it is empty")
+    return text
+
+
+def _folder(path: Path, column: str) -> Texts:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        from datasets import load_from_disk
+
+        return _column(load_from_disk(str(path)), column, str(path))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+    texts = [p for p in files if p.suffix in TEXT and p.stat().st_size]
+    if texts:
+        return Files(texts)
+    data = [p for p in files if p.suffix in DATA]
+    if not data:
+        kinds = ", ".join(sorted(TEXT | DATA.keys()))
+        raise UserError(f"the folder {path} must hold text or data files ({kinds}), it holds none that is not empty")
+    return _data_files(data, column)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _data_files(paths: Sequence[Path], column: str) -> Texts:
+    from datasets import load_dataset
+
+    kinds = {DATA[path.suffix] for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"data files must be of one kind, {paths[0].parent} holds {', '.join(sorted(kinds))}")
+    try:
+        dataset = load_dataset(kinds.pop(), data_files=[str(p) for p in paths], split="train")
+    except Exception as error:  # each format has errors of its own
+        raise UserError(f"cannot read {paths[0]} as {DATA[paths[0].suffix]}: {_reason(error)}") from error
+    return _column(dataset, column, str(paths[0]))
+
+
+def _hub(source: str, column: str) -> Texts:
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    try:
+        dataset = load_dataset(name, config or None, split="train")
+    except Exception as error:  # network, name, configuration: each has errors of its own
+        raise UserError(
+            f"{source} is neither a file, a folder nor a data set that could be loaded: {_reason(error)}"
+        ) from error
+    return _column(dataset, column, source)
+
+
+def _column(dataset: Any, column: str, source: str) -> Column:
+    if isinstance(dataset, dict):
+        if "train" not in dataset:
+            raise UserError(f"the data set {source} must have a split train, it has {', '.join(dataset)}")
+        dataset = dataset["train"]
+    feature = dataset.features.get(column)
+    if feature is None or getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise UserError(
+            f"the data set {source} must have a column of texts named {column}, it has "
+            f"{', '.join(dataset.column_names)}: choose one with --column"
+        )
+    if not len(dataset):
+        raise UserError(f"the data set {source} must hold text, it is empty")
+    return Column(dataset, column)
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:  # `datasets` hides the reason below a general error
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _line_end(text: str, place: int) -> int:
+    """Where the line that holds `place` ends, or the next word where no line does."""
+    for pattern in (r"\n", r"\s"):
+        found = re.compile(pattern).search(text, place)
+        if found and found.end() < len(text):
+            return found.end()
+    return place
