@@ -45,6 +45,7 @@ _PLACES = {
     "cls.predictions.decoder": "decoder",
 }
 _COMPUTED = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")  # buffers that BERT stores, not learned
+_RELEASED_WORDS = "bert.embeddings.word_embeddings.weight"
 _WORDS = "model.embeddings.word_embeddings.weight"
 
 
@@ -137,12 +138,11 @@ def _leaves(value: Any, name: str) -> list[tuple[str, Tensor]]:
 
 def _model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's tensors without their prefix; what has another prefix is an optimizer's and the like."""
-    prefixes = {key[: layer.start()] for key in tensors if (layer := _LAYER.search(key))}
+    prefixes = [key.removesuffix(_RELEASED_WORDS) for key in tensors if key.endswith(_RELEASED_WORDS)]
     if len(prefixes) != 1:
-        what = f"found them behind {sorted(prefixes)}" if prefixes else f"found {', '.join(sorted(tensors)[:3])}, ..."
-        raise ValueError(f"the checkpoint must hold one model, with keys bert.encoder.layer.0 and so on: {what}")
-    prefix = prefixes.pop()
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        what = f"found it behind {sorted(prefixes)}" if prefixes else f"found {', '.join(sorted(tensors)[:3])}, ..."
+        raise ValueError(f"the checkpoint must hold one model, with one {_RELEASED_WORDS}: {what}")
+    return {key.removeprefix(prefixes[0]): value for key, value in tensors.items() if key.startswith(prefixes[0])}
 
 
 def _place(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -168,7 +168,7 @@ def _place(released: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict
             lost.append(key)
     if lost:
         raise ValueError(f"the checkpoint has keys without a place here (drop them, if that is right): {_some(lost)}")
-    if sorted(layers) != list(range(len(layers))):
+    if not layers or sorted(layers) != list(range(len(layers))):
         raise ValueError(f"the layers must be numbered from 0 without a gap, got {sorted(layers)}")
     _place_decoder(state, released.get("cls.predictions.bias"))
     return state, [layers[i] for i in range(len(layers))]
@@ -178,16 +178,15 @@ def _place_decoder(state: dict[str, Tensor], bias: Tensor | None) -> None:
     """One bias from the two names that BERT has for it; the weight only where it is not tied."""
     if bias is not None and not torch.equal(state.setdefault("decoder.bias", bias), bias):
         raise ValueError("cls.predictions.bias and cls.predictions.decoder.bias must be equal, they differ")
-    words, decoder = state.get(_WORDS), state.get("decoder.weight")
-    if words is not None and decoder is not None and torch.equal(words, decoder):
+    if "decoder.weight" in state and torch.equal(state["decoder.weight"], state[_WORDS]):
         del state["decoder.weight"]
 
 
 def _sizes(state: Mapping[str, Tensor], layers: Sequence[Mapping[str, Tensor]], ngroups: int) -> dict[str, Any]:
     """Fields of HydraConfig from shapes."""
-    words, types = (state.get(f"model.embeddings.{name}_embeddings.weight") for name in ("word", "token_type"))
-    if words is None or types is None:
-        raise ValueError("the checkpoint must hold bert.embeddings.word_embeddings and token_type_embeddings")
+    words, types = state[_WORDS], state.get("model.embeddings.token_type_embeddings.weight")
+    if types is None:
+        raise ValueError("the checkpoint must hold bert.embeddings.token_type_embeddings.weight")
     found: dict[str, Any] = {
         "vocab_size": words.shape[0],
         "hidden_size": words.shape[1],

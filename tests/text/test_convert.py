@@ -68,7 +68,8 @@ def released_logits(state: State, ids: Tensor, mixer: Callable[[], nn.Module], n
 def write(state: State, path: Path, prefix: str = "model.") -> Path:
     """As the released file nests it: `state`, `model`, then flat names."""
     model = {prefix + key: value for key, value in state.items()}
-    torch.save({"state": {"model": model, "optimizers": {"moments": torch.zeros(3)}}, "epoch": 1}, path)
+    moments = {f"{key}.exp_avg": torch.zeros(3) for key in model}
+    torch.save({"state": {"model": model, "optimizers": {"AdamW": {"state": moments}}}, "epoch": 1}, path)
     return path
 
 
@@ -143,6 +144,8 @@ FAULTS: dict[str, tuple[Callable[[State], State], str]] = {
     "no parameter": (lambda s: without(s, "layer.1.layer.mixer.dt_bias"), r"nothing for.*layers\.1\.mixer\.dt_bias"),
     "no first layer": (lambda s: without(s, "layer.0."), "from 0"),
     "no embeddings": (lambda s: without(s, "word_embeddings"), "word_embeddings"),
+    "no types": (lambda s: without(s, "token_type"), "must hold bert.embeddings.token_type_embeddings"),
+    "no layers": (lambda s: without(s, "encoder"), r"from 0 without a gap, got \[\]"),
     "two biases": (lambda s: s | {"cls.predictions.bias": torch.zeros(WORDS)}, "must be equal"),
     "another size": (
         lambda s: s | {"bert.embeddings.LayerNorm.bias": torch.zeros(3)},
