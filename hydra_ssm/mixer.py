@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,7 +63,10 @@ class MatrixMixer(nn.Module):
         features = self.matrix_class.features(self.settings)
         self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first
         computed = self.features if self.data_dependent else ()
-        convolved = self.d_inner + sum(f.size for f in computed if f.conv)
+        wet = [(not bare, self.d_inner), *((f.activation, f.size) for f in computed if f.conv)]
+        # Neighbours that are both activated are so in one go: (activated, sizes).
+        self.runs = [(on, [size for _, size in run]) for on, run in groupby(wet, key=lambda part: part[0])]
+        convolved = sum(size for _, size in wet)
         self.split = [0 if bare else self.d_inner, convolved, sum(f.size for f in computed if not f.conv)]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=bias, **factory)
@@ -139,13 +143,14 @@ class MatrixMixer(nn.Module):
                 convolved = documents.zero_padding(convolved)
             convolved = short_conv(convolved, self.conv1d.weight, self.conv1d.bias, documents)
         computed = [f for f in self.features if self.data_dependent]
-        x, *wet = convolved.split([self.d_inner, *(f.size for f in computed if f.conv)], dim=-1)
-        dry = rest.split([f.size for f in computed if not f.conv], dim=-1)
-        features = {
-            f.name: (F.silu(t) if f.activation else t).unflatten(-1, f.shape)
-            for f, t in zip(computed, [*wet, *dry], strict=True)
-        }
-        x = (x if self.bare else F.silu(x)).unflatten(-1, (self.settings.nheads, self.settings.headdim))
+        parts: list[Tensor] = []
+        for (activated, sizes), run in zip(
+            self.runs, convolved.split([sum(sizes) for _, sizes in self.runs], dim=-1), strict=True
+        ):
+            parts += (F.silu(run) if activated else run).split(sizes, dim=-1)
+        parts += rest.split([f.size for f in computed if not f.conv], dim=-1)
+        x = parts[0].unflatten(-1, (self.settings.nheads, self.settings.headdim))
+        features = {f.name: t.unflatten(-1, f.shape) for f, t in zip(computed, parts[1:], strict=True)}
         if not self.data_dependent:
             features = self._tables(x, documents)
         parameters = {name: self.get_parameter(name) for name in self.own}

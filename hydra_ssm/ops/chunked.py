@@ -1,27 +1,26 @@
 """The semiseparable product in blocks: linear in time and memory, the way of the CPU.
 
 Inside a block of Q tokens the triangles are small matrices; between blocks each direction hands on a state. Tensors are
-(batch blocks, Q, ...) here. What is large goes through in portions that fit into a cache, and is computed again for its
-gradient, so that no more than the inputs and the states is ever kept.
+(batch blocks, Q, ...) here. What is large goes through in portions that fit into a cache, in place, and is computed
+again for its gradient, so that no more than the inputs and the states is ever kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import reduce
-from itertools import repeat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from .reference import block_entries, from_initial, log_decays
+from .reference import from_initial, log_decays
 from .triangle import Triangle
 
-PORTION = 512  # tokens
+PORTION = {"cpu": 512}  # tokens; other devices want few, large steps
 
 
 def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_size: int = 64) -> Tensor:
@@ -34,31 +33,24 @@ def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_
         return rearrange(v, "b (c q) ... -> (b c) q ...", q=Q)
 
     docs, xs = None if ids is None else blocks(ids, fill=-1), blocks(x)
-    parts: list[Tensor | None] = [xs, docs]
+    shapes, parts = [], []
     for t in triangles:
         # Rows read with their neighbour's C, which may lie in the next block: fetched before the sequence is cut.
         block = replace(t, dt=blocks(t.dt), B=blocks(t.B), C=blocks(t.row_C(ids)))
-        weight, decay, read = _to_and_from_states(block, docs, batch)
-        local = _in_portions(_summarise, [xs, block.B, weight], Q)
-        parts += [block.dt, block.B, block.C, read, _scan(local, decay, batch, t.upper)]
-
-    def product(x: Tensor, docs: Tensor | None, *rest: Tensor) -> Tensor:
-        inner, outer = [], []
-        for t, (dt, B, C, read, state) in zip(triangles, zip(*[iter(rest)] * 5, strict=True), strict=True):
-            inner.append(block_entries(replace(t, dt=dt, B=B, C=C), C, docs))
-            y = torch.einsum("bign,bgnk->bigk", C, state.to(C.dtype)).reshape(x.shape)
-            outer.append(read[..., None] * y)
-        y = torch.einsum("bhij,bjhp->bihp", _total(inner).to(x.dtype), x)
-        return (y + _total(outer)).to(x.dtype)
-
-    y = rearrange(_in_portions(product, parts, Q), "(b c) q h p -> b (c q) h p", b=batch)[:, :length]
+        row, column = log_decays(block)
+        weight, decay, read = _to_and_from_states(block, row, column, docs, batch)
+        state = _scan(_Summarise.apply(xs, block.B, weight), decay, batch, t.upper)
+        shapes.append((t.upper, t.strict))
+        parts += [block.dt, row, column, block.B, block.C, read, state]
+    y = rearrange(_Product.apply(shapes, docs, xs, *parts), "(b c) q h p -> b (c q) h p", b=batch)[:, :length]
     return (y + from_initial(x, triangles, ids)).to(x.dtype)
 
 
-def _to_and_from_states(t: Triangle, ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _to_and_from_states(
+    t: Triangle, row: Tensor, column: Tensor, ids: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weight of each token in the state that leaves its block (.., Q, H), decay of a state over a block (.., H), and
     what each row makes of the state that enters (.., Q, H). Zero from one document to another."""
-    row, column = log_decays(t)
     end = 0 if t.upper else -1  # the token of a block that its successor meets first
     total = column[:, end]
     weight, decay, read = t.dt * (total[:, None] - column).exp(), total.exp(), row.exp()
@@ -70,13 +62,6 @@ def _to_and_from_states(t: Triangle, ids: Tensor | None, batch: int) -> tuple[Te
         decay = decay * (entering == leaving)
         read = read * (entering == ids)[..., None]
     return weight, decay, read
-
-
-def _summarise(x: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """What each block adds to the state: (.., G, N, H / G * P)."""
-    weighted = (weight[..., None] * x).to(x.dtype)
-    local = torch.einsum("bjgn,bjgk->bgnk", B, rearrange(weighted, "b j (g e) p -> b j g (e p)", g=B.shape[2]))
-    return local.to(weight.dtype)
 
 
 def _scan(local: Tensor, decay: Tensor, batch: int, reverse: bool) -> Tensor:
@@ -92,18 +77,152 @@ def _scan(local: Tensor, decay: Tensor, batch: int, reverse: bool) -> Tensor:
     return rearrange(entering[::-1] if reverse else entering, "c b ... -> (b c) ...")
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return reduce(torch.add, parts)
+class _Summarise(torch.autograd.Function):
+    """What each block adds to the state: B^T (weight x), (.., G, N, H / G * P) in the dtype of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, B, weight)
+        n, _, G, N = B.shape
+        local = weight.new_empty(n, G, N, x.shape[2] * x.shape[3] // G)
+        for at in _portions(x):
+            local[at] = _groups(B[at]).mT @ _weighted(x[at], weight[at], G)
+        return local
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, B, weight = ctx.saved_tensors
+        dx, dB, dweight = torch.empty_like(x), torch.empty_like(B), torch.empty_like(weight)
+        for at in _portions(x):
+            local = grad[at].to(x.dtype)
+            dB[at] = (_weighted(x[at], weight[at], B.shape[2]) @ local.mT).transpose(1, 2)
+            dxw = _heads(_groups(B[at]) @ local, x[at])
+            dweight[at] = (dxw * x[at]).sum(-1, dtype=weight.dtype)
+            dx[at] = weight[at][..., None] * dxw
+        return dx, dB, dweight
 
 
-def _in_portions(f: Callable[..., Tensor], parts: Sequence[Tensor | None], block: int) -> Tensor:
-    """f(*parts), some blocks at a time."""
-    size = max(1, PORTION // block)
-    assert parts[0] is not None
-    if torch.compiler.is_compiling() or len(parts[0]) <= size:
-        return f(*parts)
-    again = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in parts)
-    portions = zip(*(repeat(None) if v is None else v.split(size) for v in parts), strict=False)
-    if not again:
-        return torch.cat([f(*portion) for portion in portions])
-    return torch.cat([checkpoint(f, *portion, use_reentrant=False, preserve_rng_state=False) for portion in portions])
+class _Product(torch.autograd.Function):
+    """y = M x + read (C state), with M the matrices of the blocks: everything that needs (H, Q, Q) memory.
+
+    The gradients are those of the closed form, dM = dy x^T and dx = M^T dy at their centre; log-decays get theirs from
+    row and column sums, which hold their digits in blocks of up to 64 tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shapes: list[tuple[bool, bool]], docs: Tensor | None, x: Tensor, *parts: Tensor) -> Tensor:
+        ctx.shapes, ctx.docs = shapes, docs
+        ctx.save_for_backward(x, *parts)
+        y = torch.empty_like(x)
+        for at in _portions(x):
+            M, outer = _no_entries(x[at], parts[0].dtype), parts[0].new_zeros(x[at].shape)
+            for half in _halves(shapes, docs, parts, at):
+                outer.addcmul_(half.read[..., None], half.from_state(x[at]))
+                half.add_to(M)
+            y[at] = outer.add_((M.to(x.dtype) @ x[at].transpose(1, 2)).transpose(1, 2))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parts = ctx.saved_tensors
+        dx, dparts = torch.empty_like(x), [torch.empty_like(p) for p in parts]
+        for at in _portions(x):
+            xh, gh = x[at].transpose(1, 2).contiguous(), grad[at].transpose(1, 2).contiguous()
+            dM, M = gh @ xh.mT, _no_entries(x[at], parts[0].dtype)
+            for half, into in zip(_halves(ctx.shapes, ctx.docs, parts, at), _sevens(dparts), strict=True):
+                for target, found in zip(into, half.gradients(dM, grad[at]), strict=True):
+                    target[at] = found
+                half.add_to(M)
+            dx[at] = (M.to(x.dtype).mT @ gh).transpose(1, 2)
+        return None, None, dx, *dparts
+
+
+@dataclass
+class _Half:
+    """One triangle over a portion of the blocks."""
+
+    upper: bool
+    strict: bool
+    docs: Tensor | None
+    dt: Tensor  # (n, Q, H)
+    row: Tensor  # (n, Q, H)
+    column: Tensor  # (n, Q, H)
+    B: Tensor  # (n, Q, G, N)
+    C: Tensor  # (n, Q, G, N)
+    read: Tensor  # (n, Q, H)
+    state: Tensor  # (n, G, N, H / G * P)
+
+    def __post_init__(self) -> None:
+        Q, G = self.B.shape[1:3]
+        keep = torch.ones(Q, Q, dtype=torch.bool, device=self.B.device)
+        keep = keep.triu(int(self.strict)) if self.upper else keep.tril(-int(self.strict))
+        if self.docs is not None:
+            keep = keep & (self.docs[:, None, :, None] == self.docs[:, None, None, :])
+        exponent = self.row.mT[..., :, None] - self.column.mT[..., None, :]
+        self.decay = exponent.masked_fill_(~keep, -torch.inf).exp_()  # (n, H, Q, Q); masked before exp: no overflow
+        self.scores = (_groups(self.C) @ _groups(self.B).mT).unsqueeze(2).to(self.decay.dtype)  # (n, G, 1, Q, Q)
+        self.by_group = (G, -1)
+
+    def add_to(self, M: Tensor) -> None:
+        """Add this triangle to M (n, H, Q, Q); takes the decay's memory, so call it last."""
+        weight = self.decay.mul_(self.dt.mT[..., None, :]).unflatten(1, self.by_group)
+        M.unflatten(1, self.by_group).addcmul_(weight, self.scores)
+
+    def from_state(self, like: Tensor) -> Tensor:
+        """C state (n, Q, H, P)."""
+        return _heads(_groups(self.C) @ self.state.to(like.dtype), like)
+
+    def gradients(self, dM: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """Of dt, row, column, B, C, read and state."""
+        dt = self.dt.mT
+        V = (dM * self.decay).unflatten(1, self.by_group)
+        K = (V * self.scores).flatten(1, 2)
+        ddt = K.sum(-2)
+        drow = (K @ dt.to(K.dtype)[..., None])[..., 0]
+        dS = V.mul_(dt.unflatten(1, self.by_group)[..., None, :]).sum(2).to(dy.dtype)  # (n, G, Q, Q)
+        state, B, C = self.state.to(dy.dtype), _groups(self.B), _groups(self.C)
+        dread = (dy * self.from_state(dy)).sum(-1, dtype=self.read.dtype)
+        dout = _weighted(dy, self.read, B.shape[1])
+        dC = dS @ B + dout @ state.mT
+        dB = dS.mT @ C
+        return ddt.mT, drow.mT, -(ddt * dt).mT, dB.transpose(1, 2), dC.transpose(1, 2), dread, C.mT @ dout
+
+
+def _halves(
+    shapes: Sequence[tuple[bool, bool]], docs: Tensor | None, parts: Sequence[Tensor], at: slice
+) -> Iterator[_Half]:
+    for (upper, strict), own in zip(shapes, _sevens(parts), strict=True):
+        yield _Half(upper, strict, None if docs is None else docs[at], *(p[at] for p in own))
+
+
+def _sevens(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of each triangle."""
+    return zip(*[iter(parts)] * 7, strict=True)
+
+
+def _no_entries(x: Tensor, dtype: torch.dtype) -> Tensor:
+    n, Q, H, _ = x.shape
+    return x.new_zeros(n, H, Q, Q, dtype=dtype)
+
+
+def _portions(x: Tensor) -> list[slice]:
+    """Slices of the blocks x (n, Q, ...), some tokens each."""
+    size = max(1, PORTION.get(x.device.type, 32768) // x.shape[1])
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _groups(t: Tensor) -> Tensor:
+    """(n, Q, G, N) to (n, G, Q, N)."""
+    return t.transpose(1, 2)
+
+
+def _weighted(x: Tensor, weight: Tensor, G: int) -> Tensor:
+    """weight x, (n, Q, H, P) and (n, Q, H) to (n, G, Q, H / G * P) in the dtype of x."""
+    return (weight[..., None] * x).to(x.dtype).flatten(2).unflatten(2, (G, -1)).transpose(1, 2)
+
+
+def _heads(t: Tensor, like: Tensor) -> Tensor:
+    """(n, G, Q, H / G * P) to (n, Q, H, P)."""
+    return t.transpose(1, 2).reshape(like.shape)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .documents import Documents
+
+PORTION = 256  # tokens whose products fit into a CPU's cache
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents | None = None) -> Tensor:
@@ -44,12 +47,19 @@ class _Depthwise(torch.autograd.Function):
         return _channels_last(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        width = weight.shape[-1]
+        width, (batch, length, channels) = weight.shape[-1], x.shape
         padded = F.pad(x, (0, 0, width // 2, width // 2))
-        taps = [(grad * padded[:, t : t + x.shape[1]]).sum((0, 1)) for t in range(width)]
-        return _channels_last(grad, weight.flip(-1)), torch.stack(taps, -1).unsqueeze(1).to(weight.dtype)
+        taps = torch.zeros(width, channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        size = max(1, PORTION // batch) if x.device.type == "cpu" else length
+        for start in range(0, length, size):
+            part = grad[:, start : start + size]
+            for t in range(width):
+                products = part * padded[:, start + t : start + t + part.shape[1]]
+                taps[t] += products.sum((0, 1), dtype=taps.dtype)
+        return _channels_last(grad, weight.flip(-1)), taps.T.unsqueeze(1).to(weight.dtype)
 
 
 def _channels_last(x: Tensor, weight: Tensor) -> Tensor:
