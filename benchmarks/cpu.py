@@ -3,8 +3,8 @@
     python benchmarks/cpu.py                        # about ten minutes on 2 cores
     python benchmarks/cpu.py --json results/cpu.json
 
-Bars: chunked at least 20 times the recurrence at L = 4096; time per token flat within 1.5 from L = 512 to 65,536, memory
-linear; faster than attention from L = 4096 on.
+Bars: chunked at least 20 times the recurrence at L = 4096; time per token flat within 1.5 from L = 512 to 65,536, and
+memory linear; faster than attention from L = 4096 on.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def recurrence(length: int = 4096) -> dict:
     x, triangles = product_inputs(length)
     run = {impl: lambda impl=impl: differentiate(x, triangles, impl) for impl in ("chunked", "recurrent")}
     check("chunked product and its gradients", run["chunked"](), run["recurrent"]())
-    seconds = interleaved(run, repeats=3)
+    seconds = interleaved(run, repeats=1)
     ratio = seconds["recurrent"] / seconds["chunked"]
     show(
         f"product, L = {length}, forward and backward",
@@ -74,9 +74,7 @@ def lengths(longest: int) -> dict:
     print(f"\nHydra layer, width {WIDTH}, forward and backward, one sequence")
     for length in swept:
         rows[length] = {"us_per_token": 1e6 * seconds[length] / length, "MB": memory(length)}
-        print(
-            f"  L = {length:6d}   {rows[length]['us_per_token']:7.1f} us a token   {rows[length]['MB']:7.0f} MB above rest"
-        )
+        print(f"  L = {length:6d}   {rows[length]['us_per_token']:7.1f} us a token   {rows[length]['MB']:7.0f} MB")
     times = [row["us_per_token"] for row in rows.values()]
     verdict(f"time per token varies by {max(times) / min(times):.2f}", "1.5", max(times) / min(times) <= 1.5)
     growth = rows[swept[-1]]["MB"] / rows[swept[-3]]["MB"]
@@ -120,9 +118,7 @@ def packing() -> dict:
     runs = {"padded": train(layer, padded, mask=mask), "packed": train(layer, packed, cu_seqlens=cu_seqlens)}
     seconds, waste = interleaved(runs, repeats=5), 1 - float(mask.float().mean())
     show(f"{len(sizes)} documents, {int(sizes.sum())} tokens, {waste:.0%} of the padded batch is padding", seconds)
-    print(
-        f"  packed takes {seconds['packed'] / seconds['padded']:.2f} of the padded time; {1 - waste:.2f} of it is tokens"
-    )
+    print(f"  packed takes {seconds['packed'] / seconds['padded']:.2f} of the time; {1 - waste:.2f} of it is tokens")
     return {"seconds": seconds, "padding": waste}
 
 

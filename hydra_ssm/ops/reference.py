@@ -27,16 +27,16 @@ def _recurrence(x: Tensor, t: Triangle, ids: Tensor | None) -> Tensor:
     a, dt, x, B, C, ids = (v.flip(1) if t.upper else v for v in (t.log_decay, t.dt, x, t.B, t.C, ids))
     B, C = (v.repeat_interleave(H // v.shape[2], dim=2) for v in (B, C))
     initial = dt.new_zeros(H, P, N) if t.initial is None else t.initial
-    first = starts(ids)
+    fresh = starts(ids)[..., None, None]
     state = initial.expand(x.shape[0], H, P, N)
     previous = x.new_zeros(x.shape[0], H, P)
     ys = []
-    for i in range(x.shape[1]):
-        state = torch.where(first[:, i, None, None, None], initial, state)
-        previous = previous.masked_fill(first[:, i, None, None], 0.0)
-        update = torch.einsum("bhp,bhn->bhpn", dt[:, i, :, None] * x[:, i], B[:, i])
-        state = torch.exp(a[:, i, :, None, None]) * state + update
-        current = torch.einsum("bhpn,bhn->bhp", state, C[:, i].to(state.dtype))
+    steps = zip(*(v.unbind(1) for v in (fresh, a.exp(), dt[..., None] * x, B, C)), strict=True)
+    for first, decay, value, b, c in steps:
+        state = torch.where(first[..., None], initial, state)
+        previous = previous.masked_fill(first, 0.0)
+        state = decay[..., None, None] * state + value[..., None] * b[..., None, :]
+        current = (state @ c.to(state.dtype)[..., None])[..., 0]
         ys.append(previous if t.strict else current)
         previous = current
     y = torch.stack(ys, dim=1)
