@@ -84,6 +84,51 @@ def accuracy(forward: Callable[..., Tensor]) -> list[dict]:
     return rows
 
 
+NAMES = ("x", "dt_f", "dt_b", "A", "B_f", "C_f", "B_b", "C_b", "diagonal")
+
+
+def eager_gradients(args: tuple, dy: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Gradients of NAMES through the eager form."""
+    if dtype is not None:
+        args = tuple(t if k == 8 or t is None else t.to(dtype) for k, t in enumerate(args))
+        dy = dy.to(dtype)
+    leaves = tuple(t if k == 8 else t.detach().requires_grad_() for k, t in enumerate(args))
+    wanted = [t for k, t in enumerate(leaves) if k != 8]
+    return list(torch.autograd.grad(eager(leaves), wanted, dy))
+
+
+def gradient_accuracy(backward: Callable[..., tuple]) -> list[dict]:
+    """Errors of every gradient and of the eager form's, against float64."""
+    rows = []
+    for seed, case in enumerate(CASES):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            args = inputs(**case, dtype=dtype, seed=seed)
+            dy = torch.randn_like(args[0])
+            row: dict = {"case": str(case), "dtype": str(dtype)[6:]}
+            try:
+                exact = eager_gradients(args, dy, torch.float64)
+                poison = [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(2)]
+                del poison
+                ours = backward(dy, *args)
+                row["same"] = all(torch.equal(a, b) for a, b in zip(ours, backward(dy, *args), strict=True))
+                theirs = eager_gradients(args, dy)
+                errors = {}
+                for name, a, b, e in zip(NAMES, ours, theirs, exact, strict=True):
+                    if float(e.norm()) > 0:
+                        errors[name] = (error(a, e), error(b, e))
+                    else:
+                        errors[name] = (float(a.double().norm()), float(b.double().norm()))
+                row["errors"] = errors
+                row["error"] = max(v[0] for v in errors.values())
+                row["worst"] = {k: f"{v[0]:.1e}/{v[1]:.1e}" for k, v in errors.items() if not v[0] <= 2 * v[1] + 1e-12}
+                row["A"] = errors["A"][0]
+                row["ok"] = row["same"] and not row["worst"]
+            except Exception as problem:
+                row["failed"] = f"{type(problem).__name__}: {str(problem)[:160]}"
+            rows.append(row)
+    return rows
+
+
 def graph_time(f: Callable[[], object], warmup: int = 5, rep: int = 40) -> float:
     """Median microseconds of a CUDA graph's replay of f, the L2 cache flushed in between."""
     f()

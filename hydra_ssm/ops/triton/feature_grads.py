@@ -65,10 +65,13 @@ def _direction(
     i = part * ROWS + tl.arange(0, ROWS)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
-    place = chunk * Q + i
-    inside = (place < L)[:, None]
-    neighbour = place - 1 + 2 * DIRECTION
-    exists = ((neighbour >= 0) & (neighbour < L) & (place < L))[:, None]
+    begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+    limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+    inside = (i < limit)[:, None]
+    if DIRECTION == 0:
+        exists = (((i > 0) | (chunk > 0)) & (i < limit))[:, None]
+    else:
+        exists = (i + 1 < limit)[:, None]
     dB_sum = tl.zeros([ROWS, N], tl.float32)
     dC_sum = tl.zeros([ROWS, N], tl.float32)
     dfeatures += DIRECTION * 2 * feature_stride + i[:, None] * N + n[None, :]
@@ -76,22 +79,24 @@ def _direction(
         dB_sum += tl.load(dfeatures + s * program_stride)
         dC_sum += tl.load(dfeatures + s * program_stride + feature_stride)
     if HAS_STATES:
-        Bs = tl.load(B + place[:, None] * stride_Bl + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        Cs = tl.load(C + neighbour[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0).to(tl.float32)
+        B += begin * stride_Bl
+        C += (begin - 1 + 2 * DIRECTION) * stride_Cl
+        Bs = tl.load(B + i[:, None] * stride_Bl + n[None, :], mask=inside, other=0.0)
+        Cs = tl.load(C + i[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0)
         if HAS_IDS:
+            ids += begin
             if DIRECTION == 0:
-                before = tl.load(ids + chunk * Q - 1, mask=chunk > 0, other=-2)
-                end = tl.minimum(chunk * Q + Q, L) - 1
+                before = tl.load(ids - 1, mask=chunk > 0, other=-2)
+                last = tl.load(ids + tl.minimum(limit, Q) - 1)
             else:
-                before = tl.load(ids + chunk * Q + Q, mask=chunk * Q + Q < L, other=-2)
-                end = chunk * Q
-            last = tl.load(ids + end)
-            id_ = tl.load(ids + place, mask=place < L, other=-3)
+                before = tl.load(ids + Q, mask=limit > Q, other=-2)
+                last = tl.load(ids)
+            id_ = tl.load(ids + i, mask=i < limit, other=-3)
             reads = (id_ == before).to(tl.float32)
             writes = (id_ == last).to(tl.float32)
             keep = (before == last).to(tl.float32)
-        xs = x + place[:, None] * stride_xl + p[None, :]
-        ys = dy + place[:, None] * stride_yl + p[None, :]
+        xs = x + begin * stride_xl + i[:, None] * stride_xl + p[None, :]
+        ys = dy + begin * stride_yl + i[:, None] * stride_yl + p[None, :]
         entry = n[:, None] * P + p[None, :]
         for h in tl.range(0, HEADS, num_stages=STAGES):
             row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
@@ -112,12 +117,13 @@ def _direction(
             T = tl.load(adjoint + h * (N * P) + entry)
             dCs = tl.dot(dys, tl.trans(S), input_precision=PRECISION) * read[:, None]
             dC_sum += dCs
-            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs, 1))
+            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs.to(tl.float32), 1))
             dBs = tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
             dB_sum += dBs
-            tl.store(sums + h * (chunks * Q) + sums_stride + i, tl.sum(dBs * Bs, 1))
+            tl.store(sums + h * (chunks * Q) + sums_stride + i, tl.sum(dBs * Bs.to(tl.float32), 1))
             if part == 0:
                 tl.store(products + h * chunks, g * tl.sum(S.to(tl.float32) * T.to(tl.float32)))
+    place = begin + i
     tl.store(dB + place[:, None] * (G * N) + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=inside)
     # A row's C is its neighbour's. The row without one has none to write: its zeros go to the C that nobody reads.
     if DIRECTION == 0:

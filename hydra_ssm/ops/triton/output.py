@@ -76,18 +76,19 @@ def _output_kernel(
     j = tl.arange(0, Q)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
-    row = chunk * Q + i
-    column = chunk * Q + j
+    begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+    limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
     dtype: tl.constexpr = x.dtype.element_ty
 
-    rows_C = C_f + batch * stride_Cfb + group * stride_Cfg + (row - 1)[:, None] * stride_Cfl + n[None, :]
-    rows_B = B_f + batch * stride_Bfb + group * stride_Bfg + column[:, None] * stride_Bfl + n[None, :]
-    Cf = tl.load(rows_C, mask=((row > 0) & (row < L))[:, None], other=0.0)
-    Bf = tl.load(rows_B, mask=(column < L)[:, None], other=0.0)
-    rows_C = C_b + batch * stride_Cbb + group * stride_Cbg + (row + 1)[:, None] * stride_Cbl + n[None, :]
-    rows_B = B_b + batch * stride_Bbb + group * stride_Bbg + column[:, None] * stride_Bbl + n[None, :]
-    Cb = tl.load(rows_C, mask=(row + 1 < L)[:, None], other=0.0)
-    Bb = tl.load(rows_B, mask=(column < L)[:, None], other=0.0)
+    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - 1) * stride_Cfl
+    B_f += batch * stride_Bfb + group * stride_Bfg + begin * stride_Bfl
+    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + 1) * stride_Cbl
+    B_b += batch * stride_Bbb + group * stride_Bbg + begin * stride_Bbl
+    has_left = ((i > 0) | (chunk > 0)) & (i < limit)
+    Cf = tl.load(C_f + i[:, None] * stride_Cfl + n[None, :], mask=has_left[:, None], other=0.0)
+    Cb = tl.load(C_b + i[:, None] * stride_Cbl + n[None, :], mask=(i + 1 < limit)[:, None], other=0.0)
+    Bf = tl.load(B_f + j[:, None] * stride_Bfl + n[None, :], mask=(j < limit)[:, None], other=0.0)
+    Bb = tl.load(B_b + j[:, None] * stride_Bbl + n[None, :], mask=(j < limit)[:, None], other=0.0)
     lower = i[:, None] > j[None, :]
     equal = i[:, None] == j[None, :]
     scores = tl.where(
@@ -96,11 +97,12 @@ def _output_kernel(
         tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION),
     )
     if HAS_IDS:
-        id_row = tl.load(ids + batch * L + row, mask=row < L, other=-3)
-        id_column = tl.load(ids + batch * L + column, mask=column < L, other=-3)
+        ids += batch * L + begin
+        id_row = tl.load(ids + i, mask=i < limit, other=-3)
+        id_column = tl.load(ids + j, mask=j < limit, other=-3)
         scores = tl.where(id_row[:, None] == id_column[None, :], scores, 0.0)
-        left = tl.load(ids + batch * L + chunk * Q - 1, mask=chunk > 0, other=-2)
-        right = tl.load(ids + batch * L + chunk * Q + Q, mask=chunk * Q + Q < L, other=-2)
+        left = tl.load(ids - 1, mask=chunk > 0, other=-2)
+        right = tl.load(ids + Q, mask=limit > Q, other=-2)
         from_left = (id_row == left).to(tl.float32)
         from_right = (id_row == right).to(tl.float32)
     if PACKED:
@@ -110,15 +112,15 @@ def _output_kernel(
     decays += here * 4
     steps += here * 2
     diagonals += here
-    xs = x + batch * stride_xb + head0 * stride_xh + column[:, None] * stride_xl + p[None, :]
-    ys = y + (batch * L * H + head0) * P + row[:, None] * (H * P) + p[None, :]
+    xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + j[:, None] * stride_xl + p[None, :]
+    ys = y + ((batch * L + begin) * H + head0) * P + i[:, None] * (H * P) + p[None, :]
     state_f = states + ((batch * chunks + chunk) * H + head0) * (N * P) + n[:, None] * P + p[None, :]
     state_b = state_f + state_stride
     for h in tl.range(0, HEADS, num_stages=STAGES):
         row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), j)
         if ROWS < Q:
             row_f, row_b, _, _ = load_decays(decays + h * (chunks * Q * 4), i)
-        values = tl.load(xs + h * stride_xh, mask=(column < L)[:, None], other=0.0)
+        values = tl.load(xs + h * stride_xh, mask=(j < limit)[:, None], other=0.0)
         exponent = tl.where(lower, row_f[:, None] - column_f[None, :], row_b[:, None] - column_b[None, :])
         # On the diagonal the exponent is no decay and may overflow: it is replaced after the product.
         if HAS_DIAGONAL:
@@ -144,7 +146,7 @@ def _output_kernel(
             Sb = tl.load(state_b + h * (N * P))
             out += tl.dot(Cf, Sf, input_precision=PRECISION) * read_f[:, None]
             out += tl.dot(Cb, Sb, input_precision=PRECISION) * read_b[:, None]
-        tl.store(ys + h * P, out.to(dtype), mask=(row < L)[:, None])
+        tl.store(ys + h * P, out.to(dtype), mask=(i < limit)[:, None])
 
 
 @dataclass(frozen=True)

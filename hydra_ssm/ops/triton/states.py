@@ -83,13 +83,16 @@ def _walk(
         at = ((slot * chunks + chunk) * H + head) * (N * P)
         if not LOCAL:
             tl.store(states + at + entry, state.to(states.dtype.element_ty))
-        place = chunk * Q + i
-        vs = tl.load(v + place[:, None] * stride_vl + value[None, :], mask=(place < L)[:, None], other=0.0)
-        if ADJOINT:
-            from_ = place - 1 + 2 * DIRECTION
-        else:
-            from_ = place
-        us = tl.load(u + from_[:, None] * stride_ul + n[None, :], mask=((from_ >= 0) & (from_ < L))[:, None], other=0.0)
+        begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+        limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+        inside = (i < limit)[:, None]
+        vs = tl.load(v + begin * stride_vl + (i[:, None] * stride_vl + value[None, :]), mask=inside, other=0.0)
+        if ADJOINT and DIRECTION == 0:
+            inside = (((i > 0) | (chunk > 0)) & (i < limit))[:, None]
+        if ADJOINT and DIRECTION == 1:
+            inside = (i + 1 < limit)[:, None]
+        from_ = (begin + ADJOINT * (2 * DIRECTION - 1)) * stride_ul
+        us = tl.load(u + from_ + (i[:, None] * stride_ul + n[None, :]), mask=inside, other=0.0)
         total = tl.load(totals + chunk * 2 + DIRECTION)
         w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total, i, DIRECTION, ADJOINT, FOLDED)[:, None]
         g = tl.exp2(total)
@@ -100,14 +103,14 @@ def _walk(
             w = tl.where(second, other[:, None], w)
             g = tl.where(second, tl.exp2(total), g)
         if HAS_IDS:
+            here = ids + begin
             if DIRECTION == 0:
-                before = tl.load(ids + chunk * Q - 1, mask=chunk > 0, other=-2)
-                end = tl.minimum(chunk * Q + Q, L) - 1
+                before = tl.load(here - 1, mask=chunk > 0, other=-2)
+                last = tl.load(here + tl.minimum(limit, Q) - 1)
             else:
-                before = tl.load(ids + chunk * Q + Q, mask=chunk * Q + Q < L, other=-2)
-                end = chunk * Q
-            last = tl.load(ids + end)
-            id_ = tl.load(ids + place, mask=place < L, other=-3)
+                before = tl.load(here + Q, mask=limit > Q, other=-2)
+                last = tl.load(here)
+            id_ = tl.load(here + i, mask=i < limit, other=-3)
             if ADJOINT:
                 w = tl.where((id_ == before)[:, None], w, 0.0)
             else:

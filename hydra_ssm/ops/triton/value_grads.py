@@ -37,11 +37,12 @@ def _tile(
         weight *= tl.where(lower, dt_f[:, None], dt_b[:, None])
     weight = tl.where(equal, 0.0, weight)  # the exponent there is no decay and may overflow
     ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
-    dscores += weight * dmatrix
     matrix = weight * scores.to(tl.float32)
-    K = matrix * dmatrix
-    K_f = tl.where(lower, K, 0.0)
-    K_b = K - K_f
+    dmatrix *= weight
+    dscores += dmatrix
+    dmatrix *= scores.to(tl.float32)
+    K_f = tl.where(lower, dmatrix, 0.0)
+    K_b = tl.where(lower, 0.0, dmatrix)
     if HAS_DIAGONAL:
         matrix = tl.where(equal, tl.load(diagonals + i)[None, :], matrix)
     matrix = matrix.to(dys.dtype)
@@ -132,31 +133,30 @@ def _value_grads_kernel(
     j = tl.arange(0, Q)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
-    place = chunk * Q + j
-    inside = (place < L)[:, None]
+    begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+    limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+    inside = (j < limit)[:, None]
     i0 = tl.arange(0, COLUMNS)
     i1 = i0 + (HALVES - 1) * COLUMNS
-    place0 = chunk * Q + i0
-    place1 = chunk * Q + i1
     lower0 = i0[None, :] > j[:, None]
     lower1 = i1[None, :] > j[:, None]
     equal0 = i0[None, :] == j[:, None]
     equal1 = i1[None, :] == j[:, None]
 
-    B_f += batch * stride_Bfb + group * stride_Bfg
-    B_b += batch * stride_Bbb + group * stride_Bbg
-    C_f += batch * stride_Cfb + group * stride_Cfg
-    C_b += batch * stride_Cbb + group * stride_Cbg
-    Bf = tl.load(B_f + place[:, None] * stride_Bfl + n[None, :], mask=inside, other=0.0)
-    Bb = tl.load(B_b + place[:, None] * stride_Bbl + n[None, :], mask=inside, other=0.0)
-    at_Cf0 = C_f + (place0 - 1)[:, None] * stride_Cfl + n[None, :]
-    at_Cb0 = C_b + (place0 + 1)[:, None] * stride_Cbl + n[None, :]
-    at_Cf1 = C_f + (place1 - 1)[:, None] * stride_Cfl + n[None, :]
-    at_Cb1 = C_b + (place1 + 1)[:, None] * stride_Cbl + n[None, :]
-    in_f0 = ((place0 > 0) & (place0 < L))[:, None]
-    in_b0 = (place0 + 1 < L)[:, None]
-    in_f1 = ((place1 > 0) & (place1 < L))[:, None]
-    in_b1 = (place1 + 1 < L)[:, None]
+    B_f += batch * stride_Bfb + group * stride_Bfg + begin * stride_Bfl
+    B_b += batch * stride_Bbb + group * stride_Bbg + begin * stride_Bbl
+    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - 1) * stride_Cfl
+    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + 1) * stride_Cbl
+    Bf = tl.load(B_f + j[:, None] * stride_Bfl + n[None, :], mask=inside, other=0.0)
+    Bb = tl.load(B_b + j[:, None] * stride_Bbl + n[None, :], mask=inside, other=0.0)
+    at_Cf0 = C_f + i0[:, None] * stride_Cfl + n[None, :]
+    at_Cb0 = C_b + i0[:, None] * stride_Cbl + n[None, :]
+    at_Cf1 = C_f + i1[:, None] * stride_Cfl + n[None, :]
+    at_Cb1 = C_b + i1[:, None] * stride_Cbl + n[None, :]
+    in_f0 = (((i0 > 0) | (chunk > 0)) & (i0 < limit))[:, None]
+    in_b0 = (i0 + 1 < limit)[:, None]
+    in_f1 = (((i1 > 0) | (chunk > 0)) & (i1 < limit))[:, None]
+    in_b1 = (i1 + 1 < limit)[:, None]
     Cf = tl.load(at_Cf0, mask=in_f0, other=0.0)
     Cb = tl.load(at_Cb0, mask=in_b0, other=0.0)
     scores0 = _scores(Bf, Bb, Cf, Cb, lower0, equal0, PRECISION)
@@ -165,15 +165,14 @@ def _value_grads_kernel(
         Cb = tl.load(at_Cb1, mask=in_b1, other=0.0)
         scores1 = _scores(Bf, Bb, Cf, Cb, lower1, equal1, PRECISION)
     if HAS_IDS:
-        ids += batch * L
-        id_j = tl.load(ids + place, mask=place < L, other=-3)
-        end = tl.minimum(chunk * Q + Q, L)
-        to_right = (id_j == tl.load(ids + end - 1)).to(tl.float32)
-        to_left = (id_j == tl.load(ids + chunk * Q)).to(tl.float32)
-        same0 = id_j[:, None] == tl.load(ids + place0, mask=place0 < L, other=-3)[None, :]
+        ids += batch * L + begin
+        id_j = tl.load(ids + j, mask=j < limit, other=-3)
+        to_right = (id_j == tl.load(ids + tl.minimum(limit, Q) - 1)).to(tl.float32)
+        to_left = (id_j == tl.load(ids)).to(tl.float32)
+        same0 = id_j[:, None] == tl.load(ids + i0, mask=i0 < limit, other=-3)[None, :]
         scores0 = tl.where(same0, scores0, 0.0)
         if HALVES == 2:
-            same1 = id_j[:, None] == tl.load(ids + place1, mask=place1 < L, other=-3)[None, :]
+            same1 = id_j[:, None] == tl.load(ids + i1, mask=i1 < limit, other=-3)[None, :]
             scores1 = tl.where(same1, scores1, 0.0)
     scores0 = scores0.to(dtype)
     dscores0 = tl.zeros([Q, COLUMNS], tl.float32)
@@ -188,9 +187,9 @@ def _value_grads_kernel(
     ddiagonals += here
     sums += here
     totals += ((batch * H + head0) * chunks + chunk) * 2
-    xs = x + batch * stride_xb + head0 * stride_xh + place[:, None] * stride_xl + p[None, :]
-    ys = dy + batch * stride_yb + head0 * stride_yh + p[None, :]
-    dxs = dx + (batch * L * H + head0) * P + place[:, None] * (H * P) + p[None, :]
+    xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + j[:, None] * stride_xl + p[None, :]
+    ys = dy + batch * stride_yb + head0 * stride_yh + begin * stride_yl + p[None, :]
+    dxs = dx + ((batch * L + begin) * H + head0) * P + j[:, None] * (H * P) + p[None, :]
     state_f = states + ((batch * chunks + chunk) * H + head0) * (N * P) + n[:, None] * P + p[None, :]
     state_b = state_f + state_stride
     for h in tl.range(0, HEADS, num_stages=STAGES):
@@ -202,7 +201,7 @@ def _value_grads_kernel(
         else:
             dt_f, dt_b = load_steps(steps + at * 2, j)
         values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
-        dys = tl.load(ys + h * stride_yh + place0[:, None] * stride_yl, mask=(place0 < L)[:, None], other=0.0)
+        dys = tl.load(ys + h * stride_yh + i0[:, None] * stride_yl, mask=(i0 < limit)[:, None], other=0.0)
         matrix, dscores0, column_sum_f, column_sum_b, row_sum_f, row_sum_b, ddiagonal = _tile(
             values, dys, scores0, dscores0, column_f, column_b, dt_f, dt_b, decays + at * 4, diagonals + at,
             i0, lower0, equal0, FOLDED, HAS_DIAGONAL, PRECISION,
@@ -211,7 +210,7 @@ def _value_grads_kernel(
         tl.store(sums + at + i0, row_sum_f)
         tl.store(sums + at + sums_stride * 2 + i0, row_sum_b)
         if HALVES == 2:
-            dys = tl.load(ys + h * stride_yh + place1[:, None] * stride_yl, mask=(place1 < L)[:, None], other=0.0)
+            dys = tl.load(ys + h * stride_yh + i1[:, None] * stride_yl, mask=(i1 < limit)[:, None], other=0.0)
             matrix, dscores1, more_f, more_b, row_sum_f, row_sum_b, more = _tile(
                 values, dys, scores1, dscores1, column_f, column_b, dt_f, dt_b, decays + at * 4, diagonals + at,
                 i1, lower1, equal1, FOLDED, HAS_DIAGONAL, PRECISION,
