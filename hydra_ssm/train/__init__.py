@@ -1,1 +1,1 @@
-"""Training: data, the Trainer, checkpoints and reports."""
+"""Training: data, transformers' Trainer, checkpoints that are whole, reports, and the commands."""

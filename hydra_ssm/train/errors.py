@@ -1,13 +1,13 @@
-"""What a user did wrong, in one line."""
+"""How a run ends before its end."""
 
 
-class UserError(Exception):
-    """A mistake that the user can repair: its message says what must hold and what was given."""
+class UserError(ValueError):
+    """A mistake that the user can repair: one line that says what must hold and what was given."""
 
 
 class Stopped(Exception):
     """A signal stopped the run after a step, whose checkpoint was saved."""
 
-    def __init__(self, step: int, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}, saved after step {step}")
-        self.step, self.signal = step, signal
+    def __init__(self, step: int, steps: int, signal: int, out: object) -> None:
+        super().__init__(f"stopped and saved after step {step} of {steps}; go on with --out {out} --resume")
+        self.exit_code = 128 + signal

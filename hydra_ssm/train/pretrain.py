@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.utils import logging
 
 from ..text import HydraConfig, HydraForMaskedLM
 from ..text.collators import MaskedLMCollator
+from ..text.messages import quiet
 from ..text.tokenizer import load_tokenizer
 from .baseline import Score, unigram
 from .checkpoints import newest_whole
-from .errors import Stopped
+from .errors import Stopped, UserError
 from .folder import RunFolder
 from .packing import PackedRows
 from .prepare import prepare
@@ -46,23 +47,34 @@ def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
     folder = RunFolder(out)
     folder.check_free(overwrite)
     console = Console()
-    with console.status("reading the text"), _quiet(), folder.begin(overwrite) as part:
+    with console.status("reading the text"), quiet(), folder.begin(overwrite) as part:
         prepare(recipe, part)
     return Run(folder, console).train()
 
 
-def resume(out: Path) -> Score | None:
-    """Go on with the run in `out` from its newest whole checkpoint; None where it has ended.
+def resume(out: Path, given: Mapping[str, Any] | None = None) -> tuple[Recipe, Score | None]:
+    """Go on with the run in `out` from its newest whole checkpoint: its recipe, and its score or None if it has ended.
 
     On a CPU the result is what it would have been without the interruption, to the last bit, given the same number of
-    threads. Raises as `pretrain`; UserError where there is no run.
+    threads.
+
+    Args:
+        given: settings that the run must have, by name.
+
+    Raises:
+        UserError: there is no run, it has other settings, or its data has changed; or a full disk.
+        Stopped: as in `pretrain`.
     """
     folder = RunFolder(out)
-    folder.read_recipe()
+    recipe = folder.read_recipe()
+    recorded = asdict(recipe)
+    for name, value in (given or {}).items():
+        if recorded[name] != value:
+            raise UserError(f"{name} is {recorded[name]} in the run that goes on in {out}, got {value}")
     if folder.result():
-        return None
+        return recipe, None
     folder.check_prepared()
-    return Run(folder, Console()).train()
+    return recipe, Run(folder, Console()).train()
 
 
 class Run:
@@ -79,19 +91,21 @@ class Run:
 
     def train(self) -> Score:
         """From the newest whole checkpoint, or the start, to the end."""
-        with _quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
+        with quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
             trainer = self._trainer([bar, stop])
             checkpoint = newest_whole(self.folder.checkpoints)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if step < self.recipe.steps:
                 assert stop.received is not None
-                raise Stopped(step, stop.received)
+                raise Stopped(step, self.recipe.steps, stop.received, self.folder.path)
             score = trainer.score()
-        with _quiet(), self.folder.finish() as part:
-            trainer.model.save_pretrained(part)
+        with quiet(), self.folder.finish() as part:
+            trainer.net.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
             write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
+        if score.loss >= self.baseline.loss:
+            warnings.warn("the model knows no more than word frequencies: it needs more text or steps", stacklevel=2)
         return score
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
@@ -121,7 +135,7 @@ class Run:
             "fill": tokens / (len(self.train_rows) * recipe.length),
             "passes": recipe.steps * recipe.batch_size / len(self.train_rows),
             "vocabulary": len(self.tokenizer),
-            "parameters": trainer.model.num_parameters(),
+            "parameters": trainer.net.num_parameters(),
             "example": example(recipe),
         }
 
@@ -129,17 +143,3 @@ class Run:
 def example(recipe: Recipe) -> str:
     """A text with a [MASK] that the run's model may fill."""
     return "A sentence with one [MASK] in it." if recipe.sources else DEFAULT_EXAMPLE
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' own messages off: what matters of them is shown in other ways."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

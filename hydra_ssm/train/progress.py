@@ -46,9 +46,8 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        logs: dict[str, float] = given["logs"]
         if "eval_loss" in logs:
             self.console.print(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f} (word frequencies alone "

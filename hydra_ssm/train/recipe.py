@@ -84,7 +84,7 @@ class Recipe:
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
-            found = json.loads(text)
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
-        except (TypeError, AttributeError) as error:
+            found: dict[str, Any] = json.loads(text)
+            return cls(**found | {name: tuple(found[name]) for name in ("sources", "held_out")})
+        except (KeyError, TypeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from None

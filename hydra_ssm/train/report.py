@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .._extras import require
 from .baseline import Score
 from .recipe import Recipe
 
@@ -66,9 +67,8 @@ def write_report(folder: Path, recipe: Recipe, facts: dict[str, Any], history: l
 
 def draw_loss(path: Path, history: list[dict[str, float]], baseline: float) -> None:
     """Training and held-out loss by step, and the line to get below."""
-    from matplotlib.figure import Figure  # without pyplot: no display, no global state
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Without pyplot: no display, no global state.
+    figure = require("matplotlib.figure", "train").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]

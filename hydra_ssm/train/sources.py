@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .._extras import require
+from ..text.reading import read_text
 from .errors import UserError
 from .reference_text import language_reference
 
@@ -101,27 +103,9 @@ def open_source(source: str, column: str) -> Texts:
     return _hub(source, column)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises UserError where it is empty or something else."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8 text, its byte {error.start} is not: {error.reason}") from error
-    if "\0" in text:
-        raise UserError(f"{path} must be text, it holds a zero byte at {text.index(chr(0))}: a binary file?")
-    if not text.strip():
-        raise UserError(f"{path} must hold text, it is empty")
-    return text
-
-
 def _folder(path: Path, column: str) -> Texts:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        from datasets import load_from_disk
-
-        return _column(load_from_disk(str(path)), column, str(path))
+        return _column(require("datasets", "train").load_from_disk(str(path)), column, str(path))
     files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
     texts = [p for p in files if p.suffix in TEXT and p.stat().st_size]
     if texts:
@@ -138,24 +122,22 @@ def _hidden(path: Path) -> bool:
 
 
 def _data_files(paths: Sequence[Path], column: str) -> Texts:
-    from datasets import load_dataset
-
     kinds = {DATA[path.suffix] for path in paths}
     if len(kinds) > 1:
         raise UserError(f"data files must be of one kind, {paths[0].parent} holds {', '.join(sorted(kinds))}")
     try:
-        dataset = load_dataset(kinds.pop(), data_files=[str(p) for p in paths], split="train")
+        dataset = require("datasets", "train").load_dataset(
+            kinds.pop(), data_files=[str(p) for p in paths], split="train"
+        )
     except Exception as error:  # each format has errors of its own
         raise UserError(f"cannot read {paths[0]} as {DATA[paths[0].suffix]}: {_reason(error)}") from error
     return _column(dataset, column, str(paths[0]))
 
 
 def _hub(source: str, column: str) -> Texts:
-    from datasets import load_dataset
-
     name, _, config = source.partition(":")
     try:
-        dataset = load_dataset(name, config or None, split="train")
+        dataset = require("datasets", "train").load_dataset(name, config or None, split="train")
     except Exception as error:  # network, name, configuration: each has errors of its own
         raise UserError(
             f"{source} is neither a file, a folder nor a data set that could be loaded: {_reason(error)}"

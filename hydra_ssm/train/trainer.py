@@ -75,7 +75,8 @@ class MaskedLMTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, train[1], train[0], held_out[0], **options)
         self.remove_callback(PrinterCallback)  # of what is not a terminal's; ProgressBar says it in words
-        self.evaluation_collator = held_out[1]
+        self.net, self.folder, self.rows = model, Path(str(args.output_dir)), train[0]
+        self.held_out_rows, self.held_out_collator = held_out
         self._writing_to: Path | None = None
         self._reset_counts()
 
@@ -85,17 +86,21 @@ class MaskedLMTrainer(Trainer):
         self._since = time.perf_counter()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.rows)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and the numbers that decays and skips are made of."""
         return [name for name in super().get_decay_parameter_names(model) if name.split(".")[-1] not in FLOAT32]
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss; counts right predictions on the way."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             right, hidden = _right(outputs.logits, inputs["labels"])
             self._right, self._hidden = self._right + right, self._hidden + hidden
@@ -124,23 +129,21 @@ class MaskedLMTrainer(Trainer):
     def score(self) -> Score:
         """How well the model predicts the held-out rows."""
         loss, right, tokens = 0.0, 0, 0
-        training = self.model.training
-        self.model.eval()
-        size = self.args.per_device_eval_batch_size
-        rows = self.eval_dataset
+        training = self.net.training
+        self.net.eval()
+        size, rows = self.args.per_device_eval_batch_size, self.held_out_rows
         for start in range(0, len(rows), size):
-            batch = self.evaluation_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            batch = self.held_out_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
             inputs = self._prepare_inputs(batch)
-            outputs = self.model(**inputs)
+            outputs = self.net(**inputs)
             found, hidden = _right(outputs.logits, inputs["labels"])
             loss, right, tokens = loss + float(outputs.loss) * hidden, right + int(found), tokens + hidden
-        self.model.train(training)
+        self.net.train(training)
         return Score(loss / tokens, right / tokens, tokens)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
-        folder = Path(self.args.output_dir)
-        with whole_folder(folder / name) as part:
+        with whole_folder(self.folder / name) as part:
             self._writing_to = part
             try:
                 super()._save_checkpoint(model, trial)
@@ -149,7 +152,7 @@ class MaskedLMTrainer(Trainer):
             for file in (part / name).iterdir():
                 file.rename(part / file.name)
             (part / name).rmdir()
-        remove_old(folder)
+        remove_old(self.folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)

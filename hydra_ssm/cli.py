@@ -1,0 +1,109 @@
+"""The command line: how a command begins and ends. What the commands are stands in train/commands.py."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
+
+from ._extras import require
+
+MISTAKE = 2  # the exit code of what the user can repair
+HELP = """Bidirectional state space encoders for text.
+
+usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
+
+  pretrain     train a masked language model on text
+  fill-mask    show the likeliest words for each [MASK] of a text
+  embed        write a vector for each paragraph of a file
+  convert      turn a released checkpoint into a folder that transformers loads
+
+examples:
+
+  hydra-ssm pretrain                                    a small model on a text that Python carries: 3 minutes
+  hydra-ssm pretrain notes/ book.txt --out runs/mine    on your own files and folders
+  hydra-ssm fill-mask runs/mine "A [MASK] sentence."    what it learned
+  hydra-ssm embed runs/mine notes/today.md              a vector for each paragraph
+
+HYDRA_SSM_TRACEBACK=1 shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. A user's mistake is one line on stderr and code 2."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not given or given[0] in ("-h", "--help"):
+            print(HELP, end="")
+            return 0
+        command = _parse(given)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command()
+    except BaseException as error:
+        code = _exit_code(error)
+        if code is None or os.environ.get("HYDRA_SSM_TRACEBACK"):
+            raise
+        _say("error", _one_line(error))
+        return code
+    return 0
+
+
+def _parse(given: Sequence[str]) -> Callable[[], None]:
+    """The command, ready to run. tyro explains a mistake in a box of several lines; one line says the same."""
+    tyro = require("tyro", "train")
+    from .train.commands import COMMANDS
+
+    name, *rest = given
+    command = COMMANDS.get(name)
+    if command is None:
+        raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name}")
+
+    @wraps(command)
+    def ready(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return partial(command, *arguments, **options)
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(ready, prog=f"hydra-ssm {name}", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as end:
+        if not end.code:
+            raise  # --help
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
+        rules = [number for number, line in enumerate(lines) if line.startswith("──")]
+        raise ValueError(" ".join(lines[: rules[0] if rules else None]).partition(" Got errors:")[0]) from None
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """2 for what the user can repair, 128 and the signal for what a signal stopped, None for a mistake of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, ImportError):
+        return MISTAKE if "hydra-ssm[" in str(error) else None
+    return getattr(error, "exit_code", MISTAKE if isinstance(error, ValueError | OSError) else None)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _say("warning", " ".join(str(message).split()))
+
+
+def _say(kind: str, text: str) -> None:
+    print(f"hydra-ssm: {kind}: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""First uses of a trained model: fill masks, and a vector for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .heads import HydraForMaskedLM
+from .messages import quiet
+from .tokenizer import load_tokenizer
+
+TOKENS = 8192  # in a batch of texts to embed, padding included
+
+
+class Filling(NamedTuple):
+    """A word for a [MASK]."""
+
+    word: str
+    probability: float
+
+
+class TextModel:
+    """A model and its tokenizer from a folder that `save_pretrained` or `hydra-ssm pretrain` wrote.
+
+    Raises ValueError where the folder holds no such model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            unfinished = (folder / "training" / "recipe.json").is_file()
+            hint = (
+                f": its run has not ended, go on with hydra-ssm pretrain --out {folder} --resume" if unfinished else ""
+            )
+            raise ValueError(f"{folder} must hold a model (config.json and model.safetensors), it does not{hint}")
+        try:
+            with quiet():
+                self.model = HydraForMaskedLM.from_pretrained(folder).eval()
+                self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds no model that can be read: {str(error).splitlines()[0]}") from error
+
+    @torch.no_grad()
+    def fill(self, text: str, top: int) -> list[list[Filling]]:
+        """For each [MASK] of the text the `top` likeliest words, best first. Raises ValueError where it has none."""
+        inputs = self.tokenizer([text], return_tensors="pt", **self._limit())
+        masks = inputs["input_ids"] == self.tokenizer.mask_token_id
+        if not masks.any():
+            raise ValueError(f"the text must hold a {self.tokenizer.mask_token}, got {text!r}")
+        logits = self.model(**inputs).logits[masks][:, : len(self.tokenizer)]  # the rest pads the vocabulary
+        found = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+        return [
+            [Filling(str(self.tokenizer.decode([word])), p) for word, p in zip(words, probabilities, strict=True)]
+            for words, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(texts, hidden_size) float32: the mean of each text's token vectors. Raises ValueError for no text."""
+        if not texts:
+            raise ValueError("there must be a text to embed, got none")
+        ids = self.tokenizer(list(texts), **self._limit())["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
+        vectors = torch.empty(len(ids), self.model.config.hidden_size)
+        while order:
+            size = max(1, TOKENS // len(ids[order[min(len(order), 64) - 1]]))
+            some, order = order[: min(size, 64)], order[min(size, 64) :]
+            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
+            mask = batch["attention_mask"]
+            hidden = self.model.model(batch["input_ids"], mask).last_hidden_state.float()
+            vectors[some] = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return vectors
+
+    def _limit(self) -> dict[str, object]:
+        """Texts are cut where the model has learned positions up to a maximum, and else not at all."""
+        longest = self.model.config.max_position_embeddings
+        return {"truncation": True, "max_length": longest} if longest > 0 else {}
+
+
+def paragraphs(text: str) -> list[str]:
+    """What blank lines separate; where there is none, the lines."""
+    parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def nearest_pairs(vectors: Tensor, count: int) -> list[tuple[int, int, float]]:
+    """(i, j, similarity) of the most alike rows of (n, D): the cosine after the mean of all is taken off."""
+    unit = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+    i, j = torch.triu_indices(len(unit), len(unit), 1)
+    similarity = (unit @ unit.T)[i, j]
+    best = similarity.topk(min(count, len(similarity)))
+    return [(int(i[k]), int(j[k]), float(s)) for k, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

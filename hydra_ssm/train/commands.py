@@ -1,0 +1,204 @@
+"""The commands of hydra-ssm and their options: as tyro reads them. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from .._extras import require
+
+
+def _by_preset(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run; those that are not given follow the preset."""
+
+    held_out: Annotated[tuple[str, ...] | None, arg(metavar="SOURCE ...", help_behavior_hint="(default: a part)")] = (
+        None
+    )
+    """Files, folders or data sets to evaluate on."""
+    column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: text)")] = None
+    """The column of a data set that holds its texts."""
+    tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None
+    """A folder with a tokenizer, or a vocab.txt."""
+    vocab_size: Annotated[int | None, _by_preset("N")] = None
+    """Most tokens of a trained tokenizer."""
+    length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128)")] = None
+    """Tokens of a row; longer documents are cut."""
+    batch_size: Annotated[int | None, _by_preset("N")] = None
+    """Rows in a step."""
+    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Parts that a step is computed in, to save memory."""
+    steps: Annotated[int | None, _by_preset("N")] = None
+    """Steps of training."""
+    learning_rate: Annotated[float | None, _by_preset("X")] = None
+    """The highest, reached after a warm-up of 6 %."""
+    weight_decay: Annotated[float | None, _by_preset("X")] = None
+    """As in torch's AdamW: times the learning rate."""
+    mask_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.3)")] = None
+    """Share of the tokens that are hidden in training; evaluation hides 0.15."""
+    save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
+    """Steps between checkpoints."""
+    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
+    """Steps between evaluations."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Of the weights, the order of the rows and the masks."""
+
+
+def pretrain(
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE ...]", help_behavior_hint="")] = (),
+    /,
+    *,
+    preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: hydra-tiny)")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")] = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    settings: Annotated[Settings, arg(name="")] = Settings(),
+) -> None:
+    """Train a masked language model on text.
+
+    Examples:
+        hydra-ssm pretrain
+        hydra-ssm pretrain notes/ book.txt --out runs/mine
+        hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
+        hydra-ssm pretrain --out runs/mine --resume
+
+    Args:
+        sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), or the name of one on the
+            Hugging Face Hub (NAME or NAME:CONFIGURATION). None: the language reference that Python carries.
+        preset: A size of model: hydra-tiny, bert-tiny, hydra-base, bert-base, ...
+        out: The folder of the run: model, tokenizer, model card, and what is needed to resume.
+        resume: Go on with the run in --out from its newest checkpoint; its settings are known.
+        overwrite: Start again where there is a run.
+    """
+    for package in ("accelerate", "matplotlib", "rich", "tensorboard"):  # missing at the start of a run, not at its end
+        require(package, extra="train")
+    from .errors import UserError
+    from .pretrain import Recipe, example
+    from .pretrain import pretrain as start
+    from .pretrain import resume as go_on
+
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    given |= {"sources": sources} if sources else {}
+    out = out or Path("runs") / (preset or "hydra-tiny")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
+    if resume:
+        recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
+    else:
+        recipe = Recipe.of(preset or "hydra-tiny", **given)
+        score = start(recipe, out, overwrite=overwrite)
+    if score is None:
+        print(f"the run in {out} has ended already")
+    place = shlex.quote(str(out))
+    print(f"next: hydra-ssm fill-mask {place} {shlex.quote(example(recipe))}\n      hydra-ssm embed {place} FILE")
+
+
+def fill_mask(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    text: Annotated[Positional[str], arg(metavar="TEXT")],
+    /,
+    *,
+    top: int = 5,
+) -> None:
+    """Show the likeliest words for each [MASK] of a text.
+
+    Examples:
+        hydra-ssm fill-mask runs/mine "The [MASK] statement."
+
+    Args:
+        model: A folder that pretrain or convert wrote.
+        text: With one [MASK] or more.
+        top: How many words.
+    """
+    from ..text.inference import TextModel
+
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, got {top}")
+    found = TextModel(model).fill(text, top)
+    for number, fillings in enumerate(found, start=1):
+        if len(found) > 1:
+            print(f"[MASK] {number}")
+        width = max(len(filling.word) for filling in fillings)
+        for word, probability in fillings:
+            print(f"  {word:{width}}  {probability:6.1%}  {'█' * round(30 * probability)}")
+
+
+def embed(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    file: Annotated[Positional[Path], arg(metavar="FILE")],
+    /,
+    *,
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: FILE.npy)")] = None,
+) -> None:
+    """Write a vector for each paragraph of a file, and show which paragraphs are most alike.
+
+    Examples:
+        hydra-ssm embed runs/mine notes/today.md
+
+    Args:
+        model: A folder that pretrain or convert wrote.
+        file: Text whose paragraphs blank lines separate; without blank lines, each line is one.
+        out: The array (paragraphs, width) of float32, to load with numpy.
+    """
+    import numpy as np
+
+    from ..text.inference import TextModel, nearest_pairs, paragraphs
+    from ..text.reading import read_text
+
+    texts = paragraphs(read_text(file))
+    vectors = TextModel(model).embed(texts)
+    out = out or file.with_name(file.name + ".npy")
+    with out.open("wb") as stream:
+        np.save(stream, vectors.numpy())
+    print(f"wrote {out}: {len(texts)} texts, {vectors.shape[1]} numbers each")
+    for first, second, similarity in nearest_pairs(vectors, 3):
+        print(f"\nalike by {similarity:.2f}:\n  {_shortened(texts[first])}\n  {_shortened(texts[second])}")
+
+
+def convert(
+    checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
+    out: Annotated[Positional[Path], arg(metavar="DIR")],
+    /,
+    *,
+    ngroups: int = 1,
+    drop: Annotated[tuple[str, ...], arg(metavar="PATTERN", help_behavior_hint="(default: none)")] = (),
+    skip_objects: bool = False,
+) -> None:
+    """Turn a released checkpoint into a folder that transformers loads. No code in the file runs.
+
+    Examples:
+        hydra-ssm convert hydra_bert_23layers.pt runs/released
+
+    Args:
+        checkpoint: A file of torch.save.
+        out: A folder that is new or empty.
+        ngroups: Groups of B and C, which the file does not tell.
+        drop: Keys to leave out, with * and ?.
+        skip_objects: Leave out Python objects that were saved beside the tensors, instead of refusing the file.
+    """
+    from ..text.convert import convert_checkpoint
+
+    convert_checkpoint(checkpoint, out, ngroups=ngroups, drop=drop, skip_objects=skip_objects)
+    print(f"wrote {out}; it holds no tokenizer: save that of bert-base-uncased there, then use it as any model")
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, 100, placeholder=" ...")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain,
+    "fill-mask": fill_mask,
+    "embed": embed,
+    "convert": convert,
+}
