@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from itertools import dropwhile, takewhile
 from typing import Any
 
 from ._extras import require
@@ -75,9 +76,19 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
     except SystemExit as end:
         if not end.code:
             raise  # --help
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
-        rules = [number for number, line in enumerate(lines) if line.startswith("──")]
-        raise ValueError(" ".join(lines[: rules[0] if rules else None]).partition(" Got errors:")[0]) from None
+        raise ValueError(_first_part(box.getvalue())) from None
+
+
+def _first_part(box: str) -> str:
+    """What a box says below its title and above its next rule, drawn with lines or, without UTF-8, with hyphens."""
+    body = dropwhile(_is_rule, [line.strip("│ ") for line in box.splitlines()[1:]])
+    return (
+        " ".join(takewhile(lambda line: not _is_rule(line), body)).partition(" Got errors:")[0].replace("{None}|", "")
+    )
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("╰╯─- ")
 
 
 def _exit_code(error: BaseException) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .errors import UserError
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished-"
+UNFINISHED = ".hydra-ssm-part-"  # begins the names of what is being written or removed
 KEPT = 3  # newest checkpoints
 
 
@@ -93,6 +93,12 @@ def newest_whole(folder: Path) -> Path | None:
 def remove_old(folder: Path) -> None:
     """Keep the newest checkpoints alone."""
     for path in checkpoints(folder)[:-KEPT]:
+        remove(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left behind."""
+    for path in folder.glob(f"{UNFINISHED}*"):
         remove(path)
 
 

@@ -66,7 +66,7 @@ def pretrain(
 ) -> None:
     """Train a masked language model on text.
 
-    Examples:
+    In use:
         hydra-ssm pretrain
         hydra-ssm pretrain notes/ book.txt --out runs/mine
         hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
@@ -112,7 +112,7 @@ def fill_mask(
 ) -> None:
     """Show the likeliest words for each [MASK] of a text.
 
-    Examples:
+    In use:
         hydra-ssm fill-mask runs/mine "The [MASK] statement."
 
     Args:
@@ -142,7 +142,7 @@ def embed(
 ) -> None:
     """Write a vector for each paragraph of a file, and show which paragraphs are most alike.
 
-    Examples:
+    In use:
         hydra-ssm embed runs/mine notes/today.md
 
     Args:
@@ -176,7 +176,7 @@ def convert(
 ) -> None:
     """Turn a released checkpoint into a folder that transformers loads. No code in the file runs.
 
-    Examples:
+    In use:
         hydra-ssm convert hydra_bert_23layers.pt runs/released
 
     Args:

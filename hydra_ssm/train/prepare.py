@@ -67,10 +67,12 @@ def _sample(corpus: Corpus) -> Iterator[str]:
 
 
 def _check_enough(rows: PackedRows, recipe: Recipe, held_out: bool) -> None:
-    """One batch to train on, one row to evaluate on."""
-    needed, use = (1, "evaluate") if held_out else (recipe.batch_size * recipe.length, "train")
-    if len(rows.tokens) < needed:
+    """One batch to train on, one token to evaluate on."""
+    tokens, batch = len(rows.tokens), recipe.batch_size * recipe.length
+    if held_out and not tokens:
+        raise UserError("the text must be long enough that a part can be held out: give more text, or --held-out")
+    if not held_out and tokens < batch:
         raise UserError(
-            f"the text must have at least {needed:,} tokens to {use} on (batch_size * length to train), it has "
-            f"{len(rows.tokens):,}: give more text, or choose a smaller --batch-size or --length"
+            f"the text must have at least {batch:,} tokens to train on (batch_size * length), it has {tokens:,}: give "
+            "more text, or choose a smaller --batch-size or --length"
         )

@@ -19,7 +19,7 @@ from ..text.collators import MaskedLMCollator
 from ..text.messages import quiet
 from ..text.tokenizer import load_tokenizer
 from .baseline import Score, unigram
-from .checkpoints import newest_whole
+from .checkpoints import newest_whole, remove_unfinished
 from .errors import Stopped, UserError
 from .folder import RunFolder
 from .packing import PackedRows
@@ -91,6 +91,8 @@ class Run:
 
     def train(self) -> Score:
         """From the newest whole checkpoint, or the start, to the end."""
+        for folder in (self.folder.path, self.folder.training, self.folder.checkpoints):
+            remove_unfinished(folder)
         with quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
             trainer = self._trainer([bar, stop])
             checkpoint = newest_whole(self.folder.checkpoints)

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .baseline import Score
@@ -22,13 +22,11 @@ class ProgressBar(TrainerCallback):
     def __init__(self, console: Console, baseline: Score) -> None:
         self.console, self.baseline, self.said = console, baseline, -1
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -58,9 +56,9 @@ class ProgressBar(TrainerCallback):
         if "masked_accuracy" not in logs:
             return
         numbers = (
-            f"loss {logs['loss']:.3f}  masked accuracy {logs['masked_accuracy']:.1%}  "
+            f"loss {logs['loss']:.3f}  masked acc. {logs['masked_accuracy']:.1%}  "
             f"{logs['tokens_per_second']:,.0f} tokens/s"
-        )
+        )  # with the rest of the bar, 80 columns
         self.bar.update(self.task, numbers=numbers)
         tenth = 10 * state.global_step // state.max_steps
         if self.bar.disable and tenth > self.said:

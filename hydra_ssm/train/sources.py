@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -125,24 +126,36 @@ def _data_files(paths: Sequence[Path], column: str) -> Texts:
     kinds = {DATA[path.suffix] for path in paths}
     if len(kinds) > 1:
         raise UserError(f"data files must be of one kind, {paths[0].parent} holds {', '.join(sorted(kinds))}")
-    try:
-        dataset = require("datasets", "train").load_dataset(
-            kinds.pop(), data_files=[str(p) for p in paths], split="train"
-        )
-    except Exception as error:  # each format has errors of its own
-        raise UserError(f"cannot read {paths[0]} as {DATA[paths[0].suffix]}: {_reason(error)}") from error
+    kind = kinds.pop()
+    dataset = _load(f"cannot read {paths[0]} as {kind}", kind, data_files=[str(path) for path in paths])
     return _column(dataset, column, str(paths[0]))
 
 
 def _hub(source: str, column: str) -> Texts:
     name, _, config = source.partition(":")
-    try:
-        dataset = require("datasets", "train").load_dataset(name, config or None, split="train")
-    except Exception as error:  # network, name, configuration: each has errors of its own
-        raise UserError(
-            f"{source} is neither a file, a folder nor a data set that could be loaded: {_reason(error)}"
-        ) from error
+    dataset = _load(
+        f"{source} is neither a file, a folder nor a data set that could be loaded", name, name=config or None
+    )
     return _column(dataset, column, source)
+
+
+def _load(mistake: str, path: str, **options: Any) -> Any:
+    """datasets.load_dataset's split train. What it shows and raises becomes a UserError that begins with `mistake`."""
+    datasets = require("datasets", "train")
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, split="train", **options)
+    except Exception as error:  # network, name, format: each has errors of its own, and the reason is the first cause
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise UserError(f"{mistake}: {(str(reason).strip() or type(reason).__name__).splitlines()[0]}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _column(dataset: Any, column: str, source: str) -> Column:
@@ -159,12 +172,6 @@ def _column(dataset: Any, column: str, source: str) -> Column:
     if not len(dataset):
         raise UserError(f"the data set {source} must hold text, it is empty")
     return Column(dataset, column)
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # `datasets` hides the reason below a general error
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _line_end(text: str, place: int) -> int:

@@ -1,0 +1,20 @@
+"""A text file, and sums that are the same in every process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_text import sentences
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(sentences(300), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """More would add in another order than the processes that the tests start."""
+    torch.set_num_threads(1)

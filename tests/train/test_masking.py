@@ -1,0 +1,90 @@
+"""What is hidden, what is to be predicted, and where documents end."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_text import sentences
+
+from hydra_ssm.text.collators import IGNORED, MaskedLMCollator, Row
+from hydra_ssm.text.tokenizer import train_tokenizer
+from hydra_ssm.train.baseline import unigram
+from hydra_ssm.train.packing import PackedRows
+from hydra_ssm.train.rows import EvaluationRows, TrainingRows
+
+TOKENIZER = train_tokenizer([sentences(100)], 90)
+SPECIAL = torch.tensor(TOKENIZER.all_special_ids)
+
+
+@st.composite
+def some_rows(draw: st.DrawFn) -> list[Row]:
+    """Rows of documents, special tokens among them."""
+    lengths = draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    return [Row(random.integers(0, len(TOKENIZER), sum(row)), np.array(row), (7, i)) for i, row in enumerate(lengths)]
+
+
+@given(some_rows(), st.floats(0.01, 1.0))
+def test_only_ordinary_tokens_are_hidden_and_only_they_are_labelled(rows: list[Row], rate: float) -> None:
+    batch = MaskedLMCollator(TOKENIZER, rate)(rows)
+    tokens = torch.from_numpy(np.concatenate([row.tokens for row in rows]))[None]
+    hidden = batch["labels"] != IGNORED
+    assert torch.equal(batch["labels"][hidden], tokens[hidden])
+    assert torch.equal(batch["input_ids"][~hidden], tokens[~hidden])
+    assert not torch.isin(tokens[hidden], SPECIAL).any()
+    replaced = batch["input_ids"][hidden]
+    assert not torch.isin(replaced[replaced != TOKENIZER.mask_token_id], SPECIAL).any()
+    for row in rows:  # each has something to predict, if it can
+        labels = MaskedLMCollator(TOKENIZER, rate).mask(row)[1]
+        assert (labels != IGNORED).any() == (~np.isin(row.tokens, SPECIAL)).any()
+
+
+@given(some_rows())
+def test_cu_seqlens_are_the_ends_of_all_documents(rows: list[Row]) -> None:
+    batch = MaskedLMCollator(TOKENIZER, 0.3)(rows)
+    lengths = [length for row in rows for length in row.lengths]
+    assert batch["cu_seqlens"].tolist() == [0, *np.cumsum(lengths)]
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["input_ids"].shape == batch["labels"].shape == (1, sum(lengths))
+
+
+def test_the_share_of_hidden_tokens_and_what_they_become() -> None:
+    n = 200_000
+    tokens = np.random.default_rng(0).integers(5, len(TOKENIZER), n)
+    inputs, labels = MaskedLMCollator(TOKENIZER, 0.3).mask(Row(tokens, np.array([n]), (0, 0)))
+    hidden = labels != IGNORED
+    assert hidden.mean() == pytest.approx(0.3, abs=0.005)
+    masked, same = inputs[hidden] == TOKENIZER.mask_token_id, inputs[hidden] == tokens[hidden]
+    by_chance = 0.1 / (len(TOKENIZER) - 5)
+    assert masked.mean() == pytest.approx(0.8, abs=0.01)
+    assert same.mean() == pytest.approx(0.1 + by_chance, abs=0.01)
+    assert set(inputs[hidden]) == {TOKENIZER.mask_token_id, *range(5, len(TOKENIZER))}
+
+
+@given(some_rows())
+def test_the_masks_of_a_row_do_not_depend_on_its_batch(rows: list[Row]) -> None:
+    collator = MaskedLMCollator(TOKENIZER, 0.3)
+    together, alone = collator(rows), [collator([row]) for row in rows]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(together[name], torch.cat([batch[name] for batch in alone], dim=1))
+
+
+def test_a_run_sees_every_row_once_a_pass_in_a_new_order_with_new_masks(tmp_path) -> None:
+    rows = PackedRows.write(tmp_path / "rows", [[2, 5 + i, 3] for i in range(40)], 3)
+    order = TrainingRows(rows, 80, seed=1)
+    passes = [[int(order[i].tokens[1]) for i in range(start, start + 40)] for start in (0, 40)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(5, 45))
+    assert passes[0] != passes[1]
+    assert len({order[i].key for i in range(80)}) == 80
+    again = TrainingRows(rows, 80, seed=1)
+    assert [again[i].tokens[1] for i in (79, 3)] == [order[i].tokens[1] for i in (79, 3)]  # whatever was asked before
+
+
+def test_the_unigram_baseline_is_what_one_computes_by_hand(tmp_path) -> None:
+    tokenizer = train_tokenizer(["aabb"], 9)  # the special tokens; a, b, ##a, ##b are 5 to 8
+    train = np.array([2, 5, 5, 5, 6, 3])  # counts 3, 1, 0, 0; with one added 4, 2, 1, 1 of 8
+    held_out = PackedRows.write(tmp_path / "rows", [[2, 5, 5, 6, 8, 3]], 8)
+    score = unigram(train, EvaluationRows(held_out), MaskedLMCollator(tokenizer, 1.0))  # hides all
+    by_hand = -(2 * np.log(4 / 8) + np.log(2 / 8) + np.log(1 / 8)) / 4
+    assert score == (pytest.approx(by_hand), 2 / 4, 4)

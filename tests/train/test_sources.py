@@ -1,0 +1,76 @@
+"""Documents from wherever text is."""
+
+from pathlib import Path
+
+import pytest
+
+from hydra_ssm.train.reference_text import SHORTEST, language_reference
+from hydra_ssm.train.sources import Corpus, open_corpus, open_source
+
+
+def test_a_folder_gives_its_text_files_and_those_of_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    files = {"b.txt": "bé", "deep/a.md": "a", "deep/er/c.rst": "c", "empty.txt": "", ".git/d.txt": "d", "e.py": "e"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert list(open_source(str(tmp_path), "text")) == ["bé", "a", "c"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv", "folder of parquet", "saved", "saved with splits"])
+def test_a_data_set_gives_its_texts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset, DatasetDict, config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = ["one", "two\nlines", "three"]
+    data = Dataset.from_dict({"n": [1, 2, 3], "body": texts})
+    path = tmp_path / "data"
+    if kind == "saved":
+        data.save_to_disk(path)
+    elif kind == "saved with splits":
+        DatasetDict(train=data, test=data.select([0])).save_to_disk(path)
+    elif kind == "folder of parquet":
+        path.mkdir()
+        data.to_parquet(path / "part.parquet")
+    else:
+        path = path.with_suffix(f".{kind}")
+        {"jsonl": data.to_json, "parquet": data.to_parquet, "csv": data.to_csv}[kind](path)
+    assert list(open_source(str(path), "body")) == texts
+    with pytest.raises(ValueError, match=r"a column of texts named n, it has n, body: choose one with --column"):
+        open_source(str(path), "n")
+
+
+def test_one_document_in_twenty_is_held_out() -> None:
+    documents = [str(i) for i in range(60)]
+    split = list(Corpus([documents[:7], documents[7:]]))
+    assert [text for _, text in split] == documents
+    assert [text for held_out, text in split if held_out] == ["10", "30", "50"]
+
+
+def test_the_end_of_each_of_a_few_documents_is_held_out_and_no_line_is_cut() -> None:
+    documents = ["".join(f"line {i}\n" for i in range(n)) for n in (40, 200)]
+    split = list(Corpus([documents]))
+    assert "".join(text for _, text in split) == "".join(documents)
+    kept = [text for held_out, text in split if held_out]
+    assert all(text.startswith("line ") and text.endswith("\n") for text in kept)
+    assert 0.03 < sum(map(len, kept)) / sum(map(len, documents)) < 0.06
+
+
+def test_what_is_held_out_by_the_user_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
+    corpus = open_corpus([str(tmp_path / "train.txt")], [str(tmp_path / "valid.txt")])
+    assert list(corpus) == [(False, "train"), (True, "valid")]
+
+
+def test_no_held_out_paragraph_of_the_language_reference_is_trained_on() -> None:
+    def paragraphs(texts: list[str]) -> list[str]:
+        found = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
+        return [part for part in found if len(part) >= SHORTEST]
+
+    train, held_out = (paragraphs(texts) for texts in language_reference())
+    assert not set(train) & set(held_out)
+    assert len(set(train)) == len(train)
+    sizes = [sum(map(len, part)) for part in (train, held_out)]
+    assert sizes[0] > 250_000
+    assert 0.05 < sizes[1] / sum(sizes) < 0.2
