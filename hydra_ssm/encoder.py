@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .matrices import MATRICES
-from .mixer import Hydra, MatrixMixer, SelfAttention
+from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention
 from .ops import Documents, per_document
 
 MixerSpec = str | Mapping[str, Any]
+FOR_ATTENTION = {"headdim"}
+OPTIONS = FOR_ATTENTION | STATE_OPTIONS | {"d_state", "d_conv", "expand", "ngroups", "max_length", "conv_bias"}
 
 
 def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> MatrixMixer:
@@ -27,7 +29,7 @@ def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> Mat
     if spec == "hydra":
         return Hydra(d_model, **options)
     if spec == "attention":
-        return SelfAttention(d_model, headdim=options.get("headdim", 64))
+        return SelfAttention(d_model, **{name: value for name, value in options.items() if name in FOR_ATTENTION})
     if spec in MATRICES:
         return MatrixMixer(d_model, spec, **options)
     names = dict.fromkeys(["hydra", "attention", *MATRICES])
@@ -94,6 +96,8 @@ class Encoder(nn.Module):
         super().__init__()
         if not mixers:
             raise ValueError("an encoder needs at least one mixer, got none")
+        if unknown := options.keys() - OPTIONS:
+            raise TypeError(f"an encoder has no option {', '.join(sorted(unknown))}")
         if norm not in ("post", "pre"):
             raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
         self.layers = nn.ModuleList(
@@ -110,8 +114,9 @@ class Encoder(nn.Module):
 
         every_layer: return the input and what each layer gives, (B, L, layers + 1, d_model).
         """
-        if h.ndim != 3 or 0 in h.shape:
-            raise ValueError(f"h must be (batch, length, d_model), none of them 0, got {tuple(h.shape)}")
+        first = self.layers[0].mixer
+        assert isinstance(first, MatrixMixer)
+        first.check_input(h)
 
         def stack(h: Tensor, documents: Documents | None) -> Tensor:
             states = [h]

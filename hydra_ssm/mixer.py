@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .matrices import MATRICES, Inputs, Placed, Settings, StructuredMatrix
-from .ops import Documents, gated_rms_norm, layout, per_document, rows, short_conv
+from .ops import Documents, Layout, gated_rms_norm, layout, per_document, rows, short_conv
 
+STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
 FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
 
 
@@ -59,6 +62,8 @@ class MatrixMixer(nn.Module):
         self.data_dependent = _form(self.matrix_class, data_dependent)
         self.d_model, self.d_inner, self.bare, self.norm_eps = d_model, int(expand * d_model), bare, norm_eps
         _check_sizes(d_model, self.d_inner, headdim, ngroups, d_state, d_conv, max_length)
+        if unknown := state_options.keys() - STATE_OPTIONS:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.settings = Settings(self.d_inner // headdim, headdim, d_state, ngroups, max_length, **state_options)
         features = self.matrix_class.features(self.settings)
         self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first
@@ -96,8 +101,23 @@ class MatrixMixer(nn.Module):
             keep = leaf in FLOAT32 and dtype in (torch.float16, torch.bfloat16)
             parameter = nn.Parameter(value.to(torch.float32 if keep else dtype))
             module.register_parameter(leaf, parameter)
-            if leaf in FLOAT32:
-                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the constructor does; for a module that was made on the meta device."""
+        drawn = self.matrix_class.parameters(self.settings)
+        for name in self.own:
+            parameter = self.get_parameter(name)
+            parameter.copy_(drawn[name]) if name in drawn else parameter.normal_()
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        if not self.bare:
+            self.norm.weight.fill_(1.0)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would move towards no meaning: log-decays, steps, skips."""
+        return {name for name in self.own if name in FLOAT32}
 
     def forward(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix u (B, L, d_model) along L.
@@ -106,34 +126,40 @@ class MatrixMixer(nn.Module):
             mask: (B, L) bool, True for tokens, at any place. Padding has no influence and comes out as zero.
             cu_seqlens: (documents + 1,) offsets of documents packed in one row, B = 1. None reads another.
         """
-        self._check_input(u)
+        self.check_input(u)
         return per_document(self.mix, u, mask, cu_seqlens)
 
     def matrix(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> StructuredMatrix:
         """The matrix that `forward` mixes u with: `.dense()` is (B, H, L, L), differentiable."""
-        self._check_input(u)
+        self.check_input(u)
         place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
         if place is None:
-            return self._matrix(u, None)
-        return Placed(None, self._matrix(place.take(u), place.documents), place)
+            return self._matrix(self._project(u, None)[1])
+        return Placed(None, (self._matrix(self._project(place.take(u), place.documents)[1]),), (place,))
 
     def mix(self, u: Tensor, documents: Documents | None) -> Tensor:
         """`forward` on a batch that is already in one of the forms of `Documents`, as a stack of layers keeps it."""
-        if documents is not None and documents.packed and not self.matrix_class.packs:
-            apart = rows(documents)
-            return apart.restore(self.mix(apart.take(u), apart.documents))
         z, inputs = self._project(u, documents)
-        y = self.matrix_class.build(inputs) @ inputs.x
+        y = self._matrix(inputs) @ inputs.x
         if not self.bare:
             y = y + inputs.x if self.matrix_class.skip else y
             return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm_eps))
         return self.out_proj(y.flatten(2))
 
-    def _matrix(self, u: Tensor, documents: Documents | None) -> StructuredMatrix:
-        if documents is not None and documents.packed and not self.matrix_class.packs:
-            apart = rows(documents)
-            return Placed(None, self._matrix(apart.take(u), apart.documents), apart)
-        return self.matrix_class.build(self._project(u, documents)[1])
+    def _matrix(self, inputs: Inputs) -> StructuredMatrix:
+        """The class's matrix; one for each document where it cannot take many in a row, or rows this long."""
+        documents, longest = inputs.documents, inputs.x.shape[1]
+        too_long = not self.data_dependent and longest > self.settings.max_length
+        if documents is not None and too_long:
+            longest = max(documents.lengths)
+        if not self.data_dependent and longest > self.settings.max_length:
+            raise ValueError(
+                f"this fixed mixer was made for lengths up to max_length = {self.settings.max_length}, got {longest}"
+            )
+        if documents is None or not (too_long or documents.packed) or (documents.packed and self.matrix_class.packs):
+            return self.matrix_class.build(inputs)
+        layouts = tuple(rows(documents))
+        return Placed(None, tuple(self.matrix_class.build(_taken(inputs, layout)) for layout in layouts), layouts)
 
     def _project(self, u: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
         """The gate z and all that the matrix is built from."""
@@ -151,31 +177,32 @@ class MatrixMixer(nn.Module):
         parts += rest.split([f.size for f in computed if not f.conv], dim=-1)
         x = parts[0].unflatten(-1, (self.settings.nheads, self.settings.headdim))
         features = {f.name: t.unflatten(-1, f.shape) for f, t in zip(computed, parts[1:], strict=True)}
+        # By attribute: under parametrizations, sharding or functional_call what stands there is no nn.Parameter.
+        parameters: dict[str, Tensor] = {name: attrgetter(name)(self) for name in self.own}
         if not self.data_dependent:
-            features = self._tables(x, documents)
-        parameters = {name: self.get_parameter(name) for name in self.own}
+            features = self._tables(x, parameters, documents)
         return z, Inputs(x, features, parameters, self.settings, documents)
 
-    def _tables(self, x: Tensor, documents: Documents | None) -> dict[str, Tensor]:
+    def _tables(self, x: Tensor, parameters: Mapping[str, Tensor], documents: Documents | None) -> dict[str, Tensor]:
         """The features of the fixed form, by position in the document."""
-        longest = x.shape[1] if documents is None or documents.max_seqlen is None else documents.max_seqlen
-        if longest > self.settings.max_length:
-            raise ValueError(
-                f"this fixed mixer was made for lengths up to max_length = {self.settings.max_length}, got {longest}"
-            )
         features = {}
+        place = None if documents is None or not documents.packed else documents.positions
+        if x.shape[1] > self.settings.max_length:  # what is longer is padding, or refused when the matrix is made
+            place = torch.arange(x.shape[1], device=x.device) if place is None else place
+            place = place.clamp(max=self.settings.max_length - 1).expand(x.shape[0], -1)
         for f in self.features:
             if not f.learned:
                 features[f.name] = x.new_zeros(1, 1, *f.shape).expand(*x.shape[:2], *f.shape)
                 continue
-            table = self.get_parameter(f"tables.{f.name}").to(x.dtype)
-            if documents is not None and documents.packed:
-                features[f.name] = table[documents.positions]
+            table = parameters[f"tables.{f.name}"].to(x.dtype)
+            if place is not None:
+                features[f.name] = table[place]
             else:
                 features[f.name] = table[: x.shape[1]].expand(x.shape[0], -1, *f.shape)
         return features
 
-    def _check_input(self, u: Tensor) -> None:
+    def check_input(self, u: Tensor) -> None:
+        """Raise ValueError or TypeError if u is not (B, L, d_model) of floating point numbers."""
         if u.ndim != 3 or u.shape[2] != self.d_model or 0 in u.shape:
             raise ValueError(
                 f"u must be (batch, length, d_model = {self.d_model}), none of them 0, got {tuple(u.shape)}"
@@ -190,6 +217,8 @@ class MatrixMixer(nn.Module):
             parameter = getattr(self, name)
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = before.to(parameter.device, torch.float32)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(torch.float32)
         return self
 
     def extra_repr(self) -> str:
@@ -203,8 +232,18 @@ class Hydra(MatrixMixer):
     Options as in MatrixMixer; (B, L, d_model) in and out.
     """
 
-    def __init__(self, d_model: int, d_state: int = 64, d_conv: int = 7, expand: float = 2, **options: Any) -> None:
-        super().__init__(d_model, "quasiseparable", d_state=d_state, d_conv=d_conv, expand=expand, **options)
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 7,
+        expand: float = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        **options: Any,
+    ) -> None:
+        sizes: dict[str, Any] = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        super().__init__(d_model, "quasiseparable", **sizes, headdim=headdim, ngroups=ngroups, **options)
 
 
 class SelfAttention(MatrixMixer):
@@ -222,6 +261,12 @@ class _Weight(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+
+def _taken(inputs: Inputs, layout: Layout) -> Inputs:
+    """What the matrices of a layout's rows are built from."""
+    features = {name: layout.take(t) for name, t in inputs.features.items()}
+    return replace(inputs, x=layout.take(inputs.x), features=features, documents=layout.documents)
 
 
 def _matrix_class(matrix: str | type[StructuredMatrix]) -> type[StructuredMatrix]:

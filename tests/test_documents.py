@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_ssm import MATRICES, Encoder, MatrixMixer
-from hydra_ssm.ops import layout, short_conv
+from hydra_ssm.ops import layout, rows, short_conv
 
 FORMS = [(name, dd) for name, c in MATRICES.items() for dd in (True, False) if (c.data_dependent if dd else c.fixed)]
 forms = pytest.mark.parametrize(("name", "data_dependent"), FORMS)
@@ -135,6 +135,40 @@ def test_nan_is_passed_on_and_stays_in_its_document(name, data_dependent, bad):
     assert m(rows)[1].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["attention", "low_rank", "toeplitz", "dft"])
+def test_uneven_documents_cost_no_more_than_twice_their_tokens(name):
+    """Documents of like lengths go together: one long one does not make rows of its length for the short ones."""
+    lengths = [32] + [1] * 200
+    place = rows(layout((1, sum(lengths)), None, torch.tensor([0, *lengths]).cumsum(0)).documents)
+    assert sum(one.source.numel() for one in place) <= 2 * sum(lengths)
+    u, m = torch.randn(1, sum(lengths), 16, dtype=torch.float64), mixer(name)
+    alone = torch.cat([m(part) for part in u.split(lengths, dim=1)], dim=1)
+    y = m(u, cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32))
+    torch.testing.assert_close(y, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, c in MATRICES.items() if c.fixed])
+def test_a_fixed_mixer_counts_tokens_not_padding(name):
+    m, mask = mixer(name, False), torch.rand(2, 70) > 0.65
+    u = torch.randn(2, 70, 16, dtype=torch.float64).masked_fill(~mask[..., None], NAN)
+    check_alone(
+        m, u, torch.randn(2, 70, 16, dtype=torch.float64), [(b, mask[b].nonzero()[:, 0]) for b in (0, 1)], mask=mask
+    )
+    with pytest.raises(ValueError, match="lengths up to max_length = 40, got 65"):
+        m(torch.zeros(1, 70, 16, dtype=torch.float64), torch.arange(70)[None] < 65)
+
+
+@forms
+def test_a_row_without_a_token_gives_zero_and_finite_gradients(name, data_dependent):
+    m = mixer(name, data_dependent)
+    mask = torch.tensor([[True] * 5, [False] * 5])
+    y, du, dp = run(
+        m, torch.full((2, 5, 16), 1.0).double().masked_fill(~mask[..., None], NAN), torch.ones(2, 5, 16), mask=mask
+    )
+    assert y[1].abs().max() == 0
+    assert all(t.isfinite().all() for t in (y, du, *dp))
+
+
 def test_a_stack_of_different_mixers_is_exact():
     encoder = Encoder(16, ["hydra", "attention", "toeplitz"], d_ff=24, d_state=4, headdim=8).double()
     u, grad = torch.randn(2, 1, 40, 16, dtype=torch.float64)
@@ -172,6 +206,7 @@ def test_the_convolution_and_its_gradients_are_those_of_the_library():
             TypeError,
             "mask must be bool, True for tokens, got torch.float32: pass mask.bool()",
         ),
+        ({"mask": [[1] * 5] * 2}, TypeError, "mask must be a bool tensor, True for tokens, got list"),
         ({"mask": torch.ones(2, 4).bool()}, ValueError, "mask must be (batch, length) = (2, 5), got (2, 4)"),
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "a batch of one packed row, got batch 2"),
     ],

@@ -64,5 +64,18 @@ def test_misfits_are_named():
         Encoder(16, ["hydra"], norm="sandwich")
     with pytest.raises(ValueError, match="headdim must divide expand \\* d_model = 32, got 9"):
         Encoder(16, ["hydra"], headdim=9)
-    with pytest.raises(ValueError, match="h must be"):
+    with pytest.raises(ValueError, match=r"\(batch, length, d_model = 16\), none of them 0, got \(2, 0, 16\)"):
         Encoder(16, ["hydra"], **SMALL)(torch.zeros(2, 0, 16))
+    with pytest.raises(ValueError, match=r"d_model = 16\), none of them 0, got \(2, 5, 8\)"):
+        Encoder(16, ["hydra"], **SMALL)(torch.zeros(2, 5, 8))
+    with pytest.raises(TypeError, match="an encoder has no option d_stat"):
+        Encoder(16, ["attention"], d_stat=3)
+
+
+def test_dropout_and_eps_reach_every_layer():
+    h = torch.randn(1, 9, 16)
+    encoder = Encoder(16, ["hydra", "attention"], d_ff=24, dropout=0.5, eps=1e6, **SMALL)
+    assert not torch.equal(encoder(h), encoder(h))
+    assert torch.equal(encoder.eval()(h), encoder(h))
+    assert encoder(h).abs().max() < 1e-2
+    assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}

@@ -1,14 +1,6 @@
-"""What the classes that go through an FFT share."""
+"""Lengths that an FFT is fast for."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
-
-
-def at_least_float32(t: Tensor) -> Tensor:
-    """FFTs of half precision exist for few lengths and devices, and lose too much."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def fast_length(n: int) -> int:

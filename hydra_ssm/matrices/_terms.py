@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from .._autograd import closed_form
+
+Term = Callable[[Tensor, Tensor], Tensor]
 
 
-def sum_over_features(term: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
+def sum_over_features(term: Term, q: Tensor, k: Tensor) -> Tensor:
     """sum_d term(q_d, k_d) (B, H, L, L) for q and k (B, L, H, d) and a term of (B, H, L, 1) and (B, H, 1, L).
 
     Terms are computed one by one, and again for the gradient: memory stays that of a few (B, H, L, L).
     """
-    rows, columns = q.permute(3, 0, 2, 1)[..., :, None], k.permute(3, 0, 2, 1)[..., None, :]
-    total = None
-    for row, column in zip(rows, columns, strict=True):
-        if torch.is_grad_enabled() and (row.requires_grad or column.requires_grad):
-            one = checkpoint(term, row, column, use_reentrant=False, preserve_rng_state=False)
-        else:
-            one = term(row, column)
-        total = one if total is None else total + one
-    assert isinstance(total, Tensor)
-    return total
+    return _Sum.apply(term, q.permute(3, 0, 2, 1)[..., :, None], k.permute(3, 0, 2, 1)[..., None, :])
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, term: Term, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.term = term
+        ctx.save_for_backward(rows, columns)
+        total = term(rows[0], columns[0])
+        for row, column in zip(rows[1:], columns[1:], strict=True):
+            total += term(row, column)
+        return total
+
+    @staticmethod
+    @closed_form
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        rows, columns = ctx.saved_tensors
+        found = []
+        for row, column in zip(rows, columns, strict=True):
+            leaves = row.detach().requires_grad_(), column.detach().requires_grad_()
+            with torch.enable_grad():
+                one = ctx.term(*leaves)
+            found.append(torch.autograd.grad(one, leaves, grad))
+        drow, dcolumn = (torch.stack(grads) for grads in zip(*found, strict=True))
+        return None, drow, dcolumn

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar, Self
 
 import torch
@@ -113,29 +114,34 @@ class StructuredMatrix(ABC):
 
 @dataclass(frozen=True)
 class Placed(StructuredMatrix):
-    """A matrix on an inner grid of tokens, seen from the outer one of `layout`: block diagonal over documents."""
+    """Matrices on inner grids of tokens, seen from the outer one of their layouts: block diagonal over documents."""
 
-    matrix: StructuredMatrix
-    layout: Layout
+    matrices: tuple[StructuredMatrix, ...]
+    layouts: tuple[Layout, ...]
 
     @classmethod
     def build(cls, inputs: Inputs) -> Self:
-        raise TypeError("Placed is made from a matrix and a layout")
+        raise TypeError("Placed is made from matrices and layouts")
 
     def entries(self) -> Tensor:
-        """The inner entries where both tokens came from one row of the inner grid, zero elsewhere."""
-        M = self.matrix.dense()
-        if self.layout.target is None:
-            return M
-        width = M.shape[-1]
-        row, place = self.layout.target // width, self.layout.target % width  # (B, L) each
-        heads = torch.arange(M.shape[1], device=M.device)[:, None, None]
-        picked = M[row[:, None, :, None], heads, place[:, None, :, None], place[:, None, None, :]]
-        apart = row[:, :, None] != row[:, None, :]
-        if self.layout.valid is not None:
-            apart = apart | ~(self.layout.valid[:, :, None] & self.layout.valid[:, None, :])
-        return picked.masked_fill(apart[:, None], 0.0)
+        """The inner entries where both tokens came from one row of an inner grid, zero elsewhere."""
+        return reduce(torch.add, map(_place, self.matrices, self.layouts))
 
     def multiply(self, x: Tensor) -> Tensor:
         """Take, multiply, restore."""
-        return self.layout.restore(self.matrix @ self.layout.take(x))
+        pairs = zip(self.matrices, self.layouts, strict=True)
+        return reduce(torch.add, [layout.restore(matrix @ layout.take(x)) for matrix, layout in pairs])
+
+
+def _place(matrix: StructuredMatrix, layout: Layout) -> Tensor:
+    M = matrix.dense()
+    if layout.target is None:
+        return M
+    width = M.shape[-1]
+    row, place = layout.target // width, layout.target % width  # (B, L) each
+    heads = torch.arange(M.shape[1], device=M.device)[:, None, None]
+    picked = M[row[:, None, :, None], heads, place[:, None, :, None], place[:, None, None, :]]
+    apart = row[:, :, None] != row[:, None, :]
+    if layout.valid is not None:
+        apart = apart | ~(layout.valid[:, :, None] & layout.valid[:, None, :])
+    return picked.masked_fill(apart[:, None], 0.0)

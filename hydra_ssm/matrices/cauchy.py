@@ -12,6 +12,7 @@ from ._terms import sum_over_features
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
 FLOOR = 1e-8  # keeps the denominator from zero
+LARGEST = 80.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Cauchy(StructuredMatrix):
 
     def entries(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)
-        q, k, c = (t.to(wide) for t in (self.q, self.k, self.c))
+        # Clamped where an entry is zero to all digits: beyond, exp overflows and its gradient would be infinity * 0.
+        q, k, c = self.q.to(wide).clamp(max=LARGEST), self.k.to(wide).clamp(max=LARGEST), self.c.to(wide)
 
         def term(q: Tensor, k: Tensor) -> Tensor:
             return 1 / (q + k + FLOOR)

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ._fft import at_least_float32
+from ._precision import at_least_float32
 from .base import Inputs, StructuredMatrix
 
 

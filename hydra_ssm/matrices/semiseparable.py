@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..ops import Triangle, semiseparable
 from ..ops.reference import entries
+from ._precision import at_least_float32
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
 
@@ -45,6 +46,10 @@ class Triangles(StructuredMatrix):
     def parameters(cls, settings: Settings) -> dict[str, Tensor]:
         H, P, N = settings.nheads, settings.headdim, settings.d_state
         low, high = settings.A_init_range
+        if not 0 < low <= high:
+            raise ValueError(f"A_init_range must be two rising numbers above 0, got {settings.A_init_range}")
+        if not 0 <= settings.dt_limit[0] < settings.dt_limit[1]:
+            raise ValueError(f"dt_limit must be two rising numbers, the first at least 0, got {settings.dt_limit}")
         found = {"dt_bias": _dt_bias(settings), "A_log": torch.empty(H).uniform_(low, high).log()}
         if cls.free_diagonal:
             inner = H * P
@@ -72,11 +77,12 @@ class Triangles(StructuredMatrix):
     @classmethod
     def _triangle(cls, inputs: Inputs, direction: str, ending: str) -> Triangle:
         parameters = inputs.parameters
-        dt = F.softplus(inputs.features[f"dt_{direction}"] + parameters["dt_bias"]).clamp(*inputs.settings.dt_limit)
+        raw = at_least_float32(inputs.features[f"dt_{direction}"])  # exponents: half precision moves them by percents
+        dt = F.softplus(raw + parameters["dt_bias"]).clamp(*inputs.settings.dt_limit)
         if inputs.documents is not None:
             dt = inputs.documents.zero_padding(dt)
         B, C = inputs.features["B" + ending], inputs.features["C" + ending]
-        A = -parameters["A_log"].exp()
+        A = -at_least_float32(parameters["A_log"]).exp()
         return Triangle(dt, A, B, C, direction == "anticausal", cls.strict, parameters.get("init_states"))
 
     def entries(self) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ._fft import at_least_float32, fast_length
+from ._fft import fast_length
+from ._precision import at_least_float32
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
 
@@ -42,7 +43,7 @@ class Toeplitz(StructuredMatrix):
         n = fast_length(2 * L - 1)
         gap = x.new_zeros(self.t_causal.shape[0], n - 2 * L + 1, self.t_causal.shape[2])
         t = torch.cat([self.t_causal, gap, self.t_anticausal[:, 1:].flip(1)], dim=1) * self.scale
-        with torch.autocast(x.device.type, enabled=False):
-            spectrum = torch.fft.rfft(at_least_float32(t), dim=1)[..., None]
-            y = torch.fft.irfft(spectrum * torch.fft.rfft(at_least_float32(x), n=n, dim=1), n=n, dim=1)
+        # In float32 at least: transforms of half precision exist for few lengths and devices, and lose too much.
+        spectrum = torch.fft.rfft(at_least_float32(t), dim=1)[..., None]
+        y = torch.fft.irfft(spectrum * torch.fft.rfft(at_least_float32(x), n=n, dim=1), n=n, dim=1)
         return y[:, :L].to(x.dtype)

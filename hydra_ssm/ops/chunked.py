@@ -2,21 +2,21 @@
 
 Inside a block of Q tokens the triangles are small matrices; between blocks each direction hands on a state. Tensors are
 (batch blocks, Q, ...) here. What is large goes through in portions that fit into a cache, in place, and is computed
-again for its gradient, so that no more than the inputs and the states is ever kept.
+again for its gradient, so that little more than the inputs and the states is ever kept. Differentiable once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .._autograd import closed_form
 from .reference import from_initial, log_decays
 from .triangle import Triangle
 
@@ -33,7 +33,8 @@ def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_
         return rearrange(v, "b (c q) ... -> (b c) q ...", q=Q)
 
     docs, xs = None if ids is None else blocks(ids, fill=-1), blocks(x)
-    shapes, parts = [], []
+    shapes: list[tuple[bool, bool]] = []
+    parts: list[Tensor] = []
     for t in triangles:
         # Rows read with their neighbour's C, which may lie in the next block: fetched before the sequence is cut.
         block = replace(t, dt=blocks(t.dt), B=blocks(t.B), C=blocks(t.row_C(ids)))
@@ -41,7 +42,7 @@ def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_
         weight, decay, read = _to_and_from_states(block, row, column, docs, batch)
         state = _scan(_Summarise.apply(xs, block.B, weight), decay, batch, t.upper)
         shapes.append((t.upper, t.strict))
-        parts += [block.dt, row, column, block.B, block.C, read, state]
+        parts += _Parts(block.dt, row, column, block.B, block.C, read, state)
     y = rearrange(_Product.apply(shapes, docs, xs, *parts), "(b c) q h p -> b (c q) h p", b=batch)[:, :length]
     return (y + from_initial(x, triangles, ids)).to(x.dtype)
 
@@ -90,7 +91,7 @@ class _Summarise(torch.autograd.Function):
         return local
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, B, weight = ctx.saved_tensors
         dx, dB, dweight = torch.empty_like(x), torch.empty_like(B), torch.empty_like(weight)
@@ -124,14 +125,14 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parts = ctx.saved_tensors
         dx, dparts = torch.empty_like(x), [torch.empty_like(p) for p in parts]
         for at in _portions(x):
             xh, gh = x[at].transpose(1, 2).contiguous(), grad[at].transpose(1, 2).contiguous()
             dM, M = gh @ xh.mT, _no_entries(x[at], parts[0].dtype)
-            for half, into in zip(_halves(ctx.shapes, ctx.docs, parts, at), _sevens(dparts), strict=True):
+            for half, into in zip(_halves(ctx.shapes, ctx.docs, parts, at), _regroup(dparts), strict=True):
                 for target, found in zip(into, half.gradients(dM, grad[at]), strict=True):
                     target[at] = found
                 half.add_to(M)
@@ -139,28 +140,29 @@ class _Product(torch.autograd.Function):
         return None, None, dx, *dparts
 
 
-@dataclass
+class _Parts(NamedTuple):
+    """What the product takes of one triangle."""
+
+    dt: Tensor  # (n, Q, H)
+    row: Tensor  # (n, Q, H) log-decays, as in `log_decays`
+    column: Tensor  # (n, Q, H)
+    B: Tensor  # (n, Q, G, N)
+    C: Tensor  # (n, Q, G, N) that each row reads with
+    read: Tensor  # (n, Q, H) decay of the state that enters
+    state: Tensor  # (n, G, N, H / G * P)
+
+
 class _Half:
     """One triangle over a portion of the blocks."""
 
-    upper: bool
-    strict: bool
-    docs: Tensor | None
-    dt: Tensor  # (n, Q, H)
-    row: Tensor  # (n, Q, H)
-    column: Tensor  # (n, Q, H)
-    B: Tensor  # (n, Q, G, N)
-    C: Tensor  # (n, Q, G, N)
-    read: Tensor  # (n, Q, H)
-    state: Tensor  # (n, G, N, H / G * P)
-
-    def __post_init__(self) -> None:
+    def __init__(self, upper: bool, strict: bool, docs: Tensor | None, parts: _Parts) -> None:
+        self.dt, row, column, self.B, self.C, self.read, self.state = parts
         Q, G = self.B.shape[1:3]
         keep = torch.ones(Q, Q, dtype=torch.bool, device=self.B.device)
-        keep = keep.triu(int(self.strict)) if self.upper else keep.tril(-int(self.strict))
-        if self.docs is not None:
-            keep = keep & (self.docs[:, None, :, None] == self.docs[:, None, None, :])
-        exponent = self.row.mT[..., :, None] - self.column.mT[..., None, :]
+        keep = keep.triu(int(strict)) if upper else keep.tril(-int(strict))
+        if docs is not None:
+            keep = keep & (docs[:, None, :, None] == docs[:, None, None, :])
+        exponent = row.mT[..., :, None] - column.mT[..., None, :]
         self.decay = exponent.masked_fill_(~keep, -torch.inf).exp_()  # (n, H, Q, Q); masked before exp: no overflow
         self.scores = (_groups(self.C) @ _groups(self.B).mT).unsqueeze(2).to(self.decay.dtype)  # (n, G, 1, Q, Q)
         self.by_group = (G, -1)
@@ -174,8 +176,8 @@ class _Half:
         """C state (n, Q, H, P)."""
         return _heads(_groups(self.C) @ self.state.to(like.dtype), like)
 
-    def gradients(self, dM: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        """Of dt, row, column, B, C, read and state."""
+    def gradients(self, dM: Tensor, dy: Tensor) -> _Parts:
+        """Of the parts."""
         dt = self.dt.mT
         V = (dM * self.decay).unflatten(1, self.by_group)
         K = (V * self.scores).flatten(1, 2)
@@ -187,19 +189,21 @@ class _Half:
         dout = _weighted(dy, self.read, B.shape[1])
         dC = dS @ B + dout @ state.mT
         dB = dS.mT @ C
-        return ddt.mT, drow.mT, -(ddt * dt).mT, dB.transpose(1, 2), dC.transpose(1, 2), dread, C.mT @ dout
+        dB, dC = dB.transpose(1, 2), dC.transpose(1, 2)
+        return _Parts(ddt.mT, drow.mT, -(ddt * dt).mT, dB, dC, dread, C.mT @ dout)
 
 
 def _halves(
     shapes: Sequence[tuple[bool, bool]], docs: Tensor | None, parts: Sequence[Tensor], at: slice
 ) -> Iterator[_Half]:
-    for (upper, strict), own in zip(shapes, _sevens(parts), strict=True):
-        yield _Half(upper, strict, None if docs is None else docs[at], *(p[at] for p in own))
+    for (upper, strict), own in zip(shapes, _regroup(parts), strict=True):
+        yield _Half(upper, strict, None if docs is None else docs[at], _Parts(*(p[at] for p in own)))
 
 
-def _sevens(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _regroup(parts: Sequence[Tensor]) -> list[_Parts]:
     """The parts of each triangle."""
-    return zip(*[iter(parts)] * 7, strict=True)
+    many = len(_Parts._fields)
+    return [_Parts(*parts[i : i + many]) for i in range(0, len(parts), many)]
 
 
 def _no_entries(x: Tensor, dtype: torch.dtype) -> Tensor:

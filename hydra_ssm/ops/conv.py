@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .._autograd import closed_form
 from .documents import Documents
 
 PORTION = 256  # tokens whose products fit into a CPU's cache
@@ -20,8 +20,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Docume
 
     Tokens of other documents, padding and what lies outside the row count as zero; x must be zero at padding.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        weight = weight.to(x.dtype)
+    weight = weight.to(x.dtype)  # under autocast x is in half precision
     if documents is None or documents.cu_seqlens is None:
         y = _convolve(x, weight)
     else:
@@ -47,18 +46,19 @@ class _Depthwise(torch.autograd.Function):
         return _channels_last(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         width, (batch, length, channels) = weight.shape[-1], x.shape
         padded = F.pad(x, (0, 0, width // 2, width // 2))
-        taps = torch.zeros(width, channels, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        taps = torch.zeros(width, channels, dtype=wide, device=x.device)
         size = max(1, PORTION // batch) if x.device.type == "cpu" else length
         for start in range(0, length, size):
-            part = grad[:, start : start + size]
+            part = grad[:, start : start + size].to(wide)
+            near = padded[:, start : start + size + width - 1].to(wide)
             for t in range(width):
-                products = part * padded[:, start + t : start + t + part.shape[1]]
-                taps[t] += products.sum((0, 1), dtype=taps.dtype)
+                taps[t] += (part * near[:, t : t + part.shape[1]]).sum((0, 1))
         return _channels_last(grad, weight.flip(-1)), taps.T.unsqueeze(1).to(weight.dtype)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from einops import rearrange
@@ -25,7 +26,6 @@ class Documents:
 
     ids: Tensor  # (B, L) int64, -1 where there is no token
     cu_seqlens: Tensor | None = None  # (documents + 1,) offsets, where one row holds many documents
-    max_seqlen: int | None = None  # longest document, where one row holds many
 
     @property
     def packed(self) -> bool:
@@ -42,6 +42,11 @@ class Documents:
         """(B, L) index of each token in its document."""
         place = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
         return place - place.where(starts(self.ids), 0).cummax(1).values
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document. The one fact that has to leave the device, so it is asked for at need, and once."""
+        return tuple((self.valid.sum(1) if self.cu_seqlens is None else self.cu_seqlens.diff()).tolist())
 
     def zero_padding(self, t: Tensor) -> Tensor:
         """`t` (B, L, ...) with zeros, which no gradient passes, where there is no token."""
@@ -112,7 +117,7 @@ def per_document(
     """f(u, documents) for u (B, L, D), brought into the form that f wants and back; zeros at padding.
 
     In a packed row a product's zeros do not stop NaN or infinity (0 * NaN is NaN): a document that holds one comes out
-    as NaN, and f never sees it.
+    as NaN, and f never sees it. What overflows inside f is f's.
     """
     place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
     if place is None:
@@ -129,28 +134,46 @@ def per_document(
     return place.restore(y.masked_fill(lost, torch.nan))
 
 
-def rows(documents: Documents) -> Layout:
-    """The layout that gives each document of a packed row a row of its own."""
-    cu_seqlens, longest = documents.cu_seqlens, documents.max_seqlen
-    assert cu_seqlens is not None
-    assert longest is not None
-    length = cu_seqlens.diff()
-    place = torch.arange(longest, device=length.device)
+def rows(documents: Documents) -> list[Layout]:
+    """Layouts that give each document a row of its own, documents of like lengths together.
+
+    A layout holds those between two powers of two, so that less than half of it is padding.
+    """
+    batch, width = documents.ids.shape
+    lengths = documents.lengths
+    starts = [0, *accumulate(lengths)] if documents.packed else range(0, batch * width, width)
+    buckets: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        if length:
+            buckets.setdefault((length - 1).bit_length(), []).append(number)
+    return [
+        _bucket(documents, torch.tensor([starts[n] for n in own]), torch.tensor([lengths[n] for n in own]))
+        for own in buckets.values()
+    ]
+
+
+def _bucket(documents: Documents, start: Tensor, length: Tensor) -> Layout:
+    batch, width = documents.ids.shape
+    longest, device = int(length.max()), documents.ids.device
+    start, length, place = start.to(device), length.to(device), torch.arange(longest, device=device)
     inside = place < length[:, None]
-    source = torch.where(inside, cu_seqlens[:-1, None] + place, 0)
-    target = documents.ids.clamp(min=0) * longest + torch.where(documents.valid, documents.positions, 0)
-    return Layout(Documents(torch.where(inside, 0, -1)), source, target, documents.valid)
+    source = torch.where(inside, start[:, None] + place, 0)
+    target = torch.full((batch * width,), -1, device=device)
+    target[source[inside]] = torch.arange(source.numel(), device=device).reshape(source.shape)[inside]
+    target = target.reshape(batch, width)
+    return Layout(Documents(torch.where(inside, 0, -1)), source, target.clamp(min=0), target >= 0)
 
 
 def _packed(cu_seqlens: Tensor, L: int) -> Documents:
     place = torch.arange(L, device=cu_seqlens.device)
     ids = torch.searchsorted(cu_seqlens, place, right=True) - 1
     ids = torch.where(place < cu_seqlens[-1], ids, -1)
-    longest = max(int(cu_seqlens.diff().max()), 1)
-    return Documents(rearrange(ids, "l -> 1 l"), cu_seqlens, longest)
+    return Documents(rearrange(ids, "l -> 1 l"), cu_seqlens)
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, True for tokens, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True for tokens, got {mask.dtype}: pass mask.bool()")
     if tuple(mask.shape) != tuple(shape):
@@ -159,6 +182,8 @@ def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
 
 def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     B, L = shape
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor of offsets, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if B != 1:

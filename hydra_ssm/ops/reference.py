@@ -7,6 +7,7 @@ products with x. The recurrence is written from the definition (flip, scan, shif
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -51,7 +52,22 @@ def dense(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None) -> Tenso
 
 def entries(t: Triangle, ids: Tensor | None) -> Tensor:
     """The triangle as a (B, H, L, L) matrix, without its initial state."""
-    return block_entries(t, t.row_C(ids), ids)
+    L, G = t.B.shape[1:3]
+    keep = torch.ones(L, L, dtype=torch.bool, device=t.B.device)
+    keep = keep.triu(int(t.strict)) if t.upper else keep.tril(-int(t.strict))
+    if ids is not None:
+        keep = keep & rearrange(ids[:, :, None] == ids[:, None, :], "b i j -> b 1 i j")
+    # Differences of sums over the whole sequence: float64 keeps their digits. The mask comes before exp.
+    row, column = (rearrange(v, "b l h -> b h l") for v in log_decays(replace(t, dt=t.dt.to(widest(t.dt)))))
+    exponent = (row[..., :, None] - column[..., None, :]).to(t.dt.dtype)
+    weight = exponent.masked_fill(~keep, -torch.inf).exp() * rearrange(t.dt, "b l h -> b h 1 l")
+    scores = torch.einsum("bign,bjgn->bgij", t.row_C(ids), t.B)
+    return (weight.unflatten(1, (G, -1)) * scores[:, :, None]).flatten(1, 2)
+
+
+def widest(t: Tensor) -> torch.dtype:
+    """float64, where the device has it."""
+    return t.dtype if t.device.type == "mps" else torch.float64
 
 
 def log_decays(t: Triangle) -> tuple[Tensor, Tensor]:
@@ -59,20 +75,6 @@ def log_decays(t: Triangle) -> tuple[Tensor, Tensor]:
     a = t.log_decay
     column = a.flip(1).cumsum(1).flip(1) if t.upper else a.cumsum(1)
     return (t.step(column) if t.strict else column), column
-
-
-def block_entries(t: Triangle, row_C: Tensor, ids: Tensor | None) -> Tensor:
-    """(B, H, L, L) entries, given the C that each row reads with. The mask comes before exp: nothing overflows."""
-    L, G = t.B.shape[1:3]
-    keep = torch.ones(L, L, dtype=torch.bool, device=row_C.device)
-    keep = keep.triu(int(t.strict)) if t.upper else keep.tril(-int(t.strict))
-    if ids is not None:
-        keep = keep & rearrange(ids[:, :, None] == ids[:, None, :], "b i j -> b 1 i j")
-    row, column = (rearrange(v, "b l h -> b h l") for v in log_decays(t))
-    exponent = row[..., :, None] - column[..., None, :]
-    weight = exponent.masked_fill(~keep, -torch.inf).exp() * rearrange(t.dt, "b l h -> b h 1 l")
-    scores = torch.einsum("bign,bjgn->bgij", row_C, t.B)
-    return (weight.unflatten(1, (G, -1)) * scores[:, :, None]).flatten(1, 2)
 
 
 def from_initial(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None) -> Tensor | float:
@@ -94,7 +96,7 @@ def _decay_since_start(t: Triangle, ids: Tensor | None) -> Tensor:
     if t.upper:
         a, ids = a.flip(1), ids.flip(1)
     # One sum over the row, and its value before each document taken off: float64 keeps the difference exact enough.
-    total = a.cumsum(1, dtype=a.dtype if a.device.type == "mps" else torch.float64)
+    total = a.cumsum(1, dtype=widest(a))
     place = torch.arange(a.shape[1], device=a.device).expand_as(ids)
     start = place.where(starts(ids), 0).cummax(1).values
     base = (total - a).gather(1, start[..., None].expand_as(total))

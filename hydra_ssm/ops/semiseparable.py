@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -36,6 +37,10 @@ def _check(x: Tensor, triangles: Sequence[Triangle], documents: Documents | None
         raise ValueError("semiseparable needs at least one triangle")
     batch, length, heads, headdim = x.shape
     for t in triangles:
+        if t.dt.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dt must be float32 or float64, as its sums are exponents, got {t.dt.dtype}")
+        if t.B.ndim != 4:
+            raise ValueError(f"B must be (batch, length, groups, state), got {tuple(t.B.shape)}")
         groups, state = t.B.shape[2:]
         if heads % groups:
             raise ValueError(f"the groups of B and C must divide the {heads} heads, got {groups}")

@@ -1,5 +1,7 @@
 """The three forms of the semiseparable product agree, values and gradients, for every direction, shift and packing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +75,16 @@ def test_the_chunk_size_does_not_change_the_result(chunk_size):
     torch.testing.assert_close(chunked(x, triangles, None, chunk_size), chunked(x, triangles, None), rtol=0, atol=1e-12)
 
 
+def test_a_backward_pass_under_autocast_keeps_the_precision_of_the_forward_pass():
+    x, triangles = problem(90)
+    y = semiseparable(x.float(), [replace(t, dt=t.dt.float(), B=t.B.float(), C=t.C.float()) for t in triangles]).sum()
+    leaves = [x, *(part for t in triangles for part in (t.dt, t.B, t.C))]
+    wanted = torch.autograd.grad(y, leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_steps_of_zero_leave_the_state_alone_and_give_finite_gradients():
     x, triangles = problem(130)
     still = [Triangle(torch.zeros_like(t.dt).requires_grad_(), t.A, t.B, t.C, t.upper, True) for t in triangles]
@@ -88,6 +100,21 @@ def test_strong_decay_neither_overflows_nor_gives_nan():
     assert y.isfinite().all()
     assert x.grad.isfinite().all()
     assert triangles[0].A.grad.isfinite().all()
+
+
+def test_an_infinite_decay_in_one_document_leaves_the_others_alone():
+    x, triangles = problem(40, batch=1)
+    documents = layout((1, 40), None, torch.tensor([0, 20, 40])).documents
+    calm = semiseparable(x, triangles, documents)
+    wild = []
+    for t in triangles:
+        dt = t.dt.detach().clone()
+        dt[:, 3] = 1e300
+        wild.append(Triangle(dt * torch.finfo(torch.float64).max ** 0.02, t.A, t.B, t.C, t.upper, True))
+    scale = torch.finfo(torch.float64).max ** 0.02
+    expected = semiseparable(x, [Triangle(t.dt * scale, t.A, t.B, t.C, t.upper, True) for t in triangles], documents)
+    assert calm.isfinite().all()
+    torch.testing.assert_close(semiseparable(x, wild, documents)[:, 20:], expected[:, 20:], rtol=0, atol=1e-9)
 
 
 def test_what_no_row_reads_has_a_gradient_of_exactly_zero():
@@ -118,11 +145,14 @@ def test_float32_and_bfloat16_stay_close_to_float64():
         ({"x": (2, 9, 3, 3)}, "the groups of B and C must divide the 3 heads, got 2"),
         ({"documents": (2, 8)}, "documents must number \\(2, 9\\) tokens, got \\(2, 8\\)"),
         ({"triangles": []}, "at least one triangle"),
+        ({"dt": torch.bfloat16}, "dt must be float32 or float64, as its sums are exponents, got torch.bfloat16"),
     ],
 )
 def test_misfits_are_named(change, message):
     x, triangles = problem(9)
     x = torch.zeros(change["x"], dtype=torch.float64) if "x" in change else x
     documents = Documents(torch.zeros(change["documents"], dtype=torch.long)) if "documents" in change else None
-    with pytest.raises(ValueError, match=message):
+    if "dt" in change:
+        triangles = [replace(t, dt=t.dt.to(change["dt"])) for t in triangles]
+    with pytest.raises((ValueError, TypeError), match=message):
         semiseparable(x, change.get("triangles", triangles), documents, impl=change.get("impl"))
