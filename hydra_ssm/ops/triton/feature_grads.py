@@ -19,6 +19,16 @@ from .decay import Decays, load_decays, load_steps
 
 
 @triton.jit
+def _row_sums(a, b, PACKED: tl.constexpr):
+    """sum_n a b; packed: in b's precision, for a loop would keep b in float32 registers instead."""
+    if PACKED:
+        product = (a.to(b.dtype) * b).to(tl.float32)
+    else:
+        product = a * b.to(tl.float32)
+    return tl.sum(product, 1)
+
+
+@triton.jit
 def _direction(
     x,
     dy,
@@ -41,7 +51,6 @@ def _direction(
     chunk,
     part,
     shares,
-    sums_stride,
     feature_stride,
     program_stride,
     stride_xl,
@@ -55,6 +64,7 @@ def _direction(
     HAS_IDS: tl.constexpr,
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
+    PACKED: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     N: tl.constexpr,
@@ -117,10 +127,10 @@ def _direction(
             T = tl.load(adjoint + h * (N * P) + entry)
             dCs = tl.dot(dys, tl.trans(S), input_precision=PRECISION) * read[:, None]
             dC_sum += dCs
-            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs.to(tl.float32), 1))
             dBs = tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
             dB_sum += dBs
-            tl.store(sums + h * (chunks * Q) + sums_stride + i, tl.sum(dBs * Bs.to(tl.float32), 1))
+            both = tl.join(_row_sums(dCs, Cs, PACKED), _row_sums(dBs, Bs, PACKED))
+            tl.store(sums + (h * (chunks * Q) + i)[:, None] * 2 + tl.arange(0, 2)[None, :], both)
             if part == 0:
                 tl.store(products + h * chunks, g * tl.sum(S.to(tl.float32) * T.to(tl.float32)))
     place = begin + i
@@ -186,6 +196,7 @@ def _feature_grads_kernel(
     HAS_IDS: tl.constexpr,
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
+    PACKED: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     N: tl.constexpr,
@@ -206,7 +217,7 @@ def _feature_grads_kernel(
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 2)
     totals += (first * chunks + chunk) * 2
-    sums += (first * chunks + chunk) * Q
+    sums += (first * chunks + chunk) * (Q * 2)
     products += first * chunks + chunk
     ids += batch * L
     x += batch * stride_xb + head0 * stride_xh
@@ -218,19 +229,19 @@ def _feature_grads_kernel(
         _direction(
             x, dy, B_f + batch * stride_Bfb + group * stride_Bfg, C_f + batch * stride_Cfb + group * stride_Cfg,
             decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums, products, dB_f + out, dC_f + out,
-            L, G, chunks, chunk, part, shares, sums_stride, feature_stride, program_stride,
+            L, G, chunks, chunk, part, shares, feature_stride, program_stride,
             stride_xl, stride_xh, stride_yl, stride_yh, stride_Bfl, stride_Cfl,
-            0, HEADS, HAS_IDS, HAS_STATES, FOLDED, Q, ROWS, N, P, PRECISION, STAGES,
+            0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         at += state_stride
         _direction(
             x, dy, B_b + batch * stride_Bbb + group * stride_Bbg, C_b + batch * stride_Cbb + group * stride_Cbg,
-            decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums + sums_stride * 2,
+            decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums + sums_stride,
             products + product_stride, dB_b + out, dC_b + out,
-            L, G, chunks, chunk, part, shares, sums_stride, feature_stride, program_stride,
+            L, G, chunks, chunk, part, shares, feature_stride, program_stride,
             stride_xl, stride_xh, stride_yl, stride_yh, stride_Bbl, stride_Cbl,
-            1, HEADS, HAS_IDS, HAS_STATES, FOLDED, Q, ROWS, N, P, PRECISION, STAGES,
+            1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -241,6 +252,7 @@ class FeatureGradsConfig:
     rows: int = 64
     warps: int = 4
     stages: int = 2
+    registers: int | None = None  # at most, a thread; None: what the compiler likes
 
 
 def feature_grads(
@@ -248,16 +260,16 @@ def feature_grads(
     states: Tensor | None, adjoint: Tensor | None, dfeatures: Tensor, Q: int, config: FeatureGradsConfig,
     precision: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """([dB_f, dC_f, dB_b, dC_b], sums (4, B, H, L'), products (2, B, H, chunks)).
+    """([dB_f, dC_f, dB_b, dC_b], sums (2, B, H, L', 2), products (2, B, H, chunks)).
 
-    sums: Rst and Cst, causal, then anticausal; products: 2^total <T, S> of each chunk. Unwritten where no states are.
+    sums: Rst and Cst of the causal and the anticausal direction; products: 2^total <T, S> of each chunk. Unwritten where no states are.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = triton.cdiv(L, Q)
     rows = min(config.rows, Q)
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in features]
-    sums = decays.sums.new_empty(4, batch, H, chunks * Q)
+    sums = decays.sums.new_empty(2, batch, H, chunks * Q, 2)
     products = decays.sums.new_empty(2, batch, H, chunks)
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
     _feature_grads_kernel[(batch * chunks * G * (Q // rows) * 2,)](
@@ -265,7 +277,7 @@ def feature_grads(
         x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint, dfeatures, sums,
         products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0), dfeatures.stride(1),
         dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,
-        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None, Q=Q, ROWS=rows, N=N, P=P,
-        PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, Q=Q, ROWS=rows, N=N, P=P,
+        PRECISION=precision, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return grads, sums, products
