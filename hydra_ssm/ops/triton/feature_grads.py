@@ -2,8 +2,8 @@
 
 Per direction, with S entering the chunk that is read and T its adjoint coming the other way:
 
-    dC = (the tiles' part) + sum_h 2^row dy S^T            Rst_i = (2^row dy S^T)_i . C_i
-    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T   Cst_j = (dt 2^(total - column) x T^T)_j . B_j
+    dC = (the tiles' part) + sum_h 2^row dy S^T                       Rst_i = (2^row dy S^T)_i . C_i
+    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T
 """
 
 from __future__ import annotations
@@ -16,23 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_steps
-
-
-@triton.jit
-def _row_sums(a, b, PACKED: tl.constexpr):
-    """sum_n a b; packed: in b's precision, for a loop would keep b in float32 registers instead."""
-    if PACKED:
-        product = (a.to(b.dtype) * b).to(tl.float32)
-    else:
-        product = a * b.to(tl.float32)
-    return tl.sum(product, 1)
+from .value_grads import TileSums
 
 
 @triton.jit
 def _direction(
     x,
     dy,
-    B,
     C,
     decays,
     steps,
@@ -57,7 +47,6 @@ def _direction(
     stride_xh,
     stride_yl,
     stride_yh,
-    stride_Bl,
     stride_Cl,
     DIRECTION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -65,6 +54,7 @@ def _direction(
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
+    PAIR: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     N: tl.constexpr,
@@ -88,11 +78,13 @@ def _direction(
     for s in range(shares):
         dB_sum += tl.load(dfeatures + s * program_stride)
         dC_sum += tl.load(dfeatures + s * program_stride + feature_stride)
+        if PAIR:
+            to_beside: tl.constexpr = 4 - DIRECTION * 2
+            beside = ((i >= Q // 2) == (DIRECTION == 0))[:, None]
+            dC_sum += tl.load(dfeatures + s * program_stride + feature_stride * to_beside, mask=beside, other=0.0)
     if HAS_STATES:
-        B += begin * stride_Bl
         C += (begin - 1 + 2 * DIRECTION) * stride_Cl
-        Bs = tl.load(B + i[:, None] * stride_Bl + n[None, :], mask=inside, other=0.0)
-        Cs = tl.load(C + i[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0)
+        Cs = tl.load(C + i[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0).to(tl.float32)
         if HAS_IDS:
             ids += begin
             if DIRECTION == 0:
@@ -127,12 +119,14 @@ def _direction(
             T = tl.load(adjoint + h * (N * P) + entry)
             dCs = tl.dot(dys, tl.trans(S), input_precision=PRECISION) * read[:, None]
             dC_sum += dCs
-            dBs = tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
-            dB_sum += dBs
-            both = tl.join(_row_sums(dCs, Cs, PACKED), _row_sums(dBs, Bs, PACKED))
-            tl.store(sums + (h * (chunks * Q) + i)[:, None] * 2 + tl.arange(0, 2)[None, :], both)
+            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs, 1))
+            dB_sum += tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
             if part == 0:
-                tl.store(products + h * chunks, g * tl.sum(S.to(tl.float32) * T.to(tl.float32)))
+                if PACKED:
+                    product = tl.sum((S * T).to(tl.float32))
+                else:
+                    product = tl.sum(S.to(tl.float32) * T.to(tl.float32))
+                tl.store(products + h * chunks, g * product)
     place = begin + i
     tl.store(dB + place[:, None] * (G * N) + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=inside)
     # A row's C is its neighbour's. The row without one has none to write: its zeros go to the C that nobody reads.
@@ -148,9 +142,7 @@ def _direction(
 def _feature_grads_kernel(
     x,
     dy,
-    B_f,
     C_f,
-    B_b,
     C_b,
     decays,
     steps,
@@ -180,15 +172,9 @@ def _feature_grads_kernel(
     stride_yb,
     stride_yl,
     stride_yh,
-    stride_Bfb,
-    stride_Bfl,
-    stride_Bfg,
     stride_Cfb,
     stride_Cfl,
     stride_Cfg,
-    stride_Bbb,
-    stride_Bbl,
-    stride_Bbg,
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
@@ -197,6 +183,7 @@ def _feature_grads_kernel(
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
+    PAIR: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
     N: tl.constexpr,
@@ -217,7 +204,7 @@ def _feature_grads_kernel(
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 2)
     totals += (first * chunks + chunk) * 2
-    sums += (first * chunks + chunk) * (Q * 2)
+    sums += (first * chunks + chunk) * Q
     products += first * chunks + chunk
     ids += batch * L
     x += batch * stride_xb + head0 * stride_xh
@@ -227,21 +214,21 @@ def _feature_grads_kernel(
     out = (batch * L * G + group) * N
     if direction == 0:
         _direction(
-            x, dy, B_f + batch * stride_Bfb + group * stride_Bfg, C_f + batch * stride_Cfb + group * stride_Cfg,
+            x, dy, C_f + batch * stride_Cfb + group * stride_Cfg,
             decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums, products, dB_f + out, dC_f + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride,
-            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bfl, stride_Cfl,
-            0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, Q, ROWS, N, P, PRECISION, STAGES,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Cfl,
+            0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         at += state_stride
         _direction(
-            x, dy, B_b + batch * stride_Bbb + group * stride_Bbg, C_b + batch * stride_Cbb + group * stride_Cbg,
+            x, dy, C_b + batch * stride_Cbb + group * stride_Cbg,
             decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums + sums_stride,
             products + product_stride, dB_b + out, dC_b + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride,
-            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bbl, stride_Cbl,
-            1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, Q, ROWS, N, P, PRECISION, STAGES,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Cbl,
+            1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -252,32 +239,32 @@ class FeatureGradsConfig:
     rows: int = 64
     warps: int = 4
     stages: int = 2
-    registers: int | None = None  # at most, a thread; None: what the compiler likes
 
 
 def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor | None, adjoint: Tensor | None, dfeatures: Tensor, Q: int, config: FeatureGradsConfig,
-    precision: str,
+    states: Tensor | None, adjoint: Tensor | None, tiles: TileSums, Q: int, config: FeatureGradsConfig, precision: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """([dB_f, dC_f, dB_b, dC_b], sums (2, B, H, L', 2), products (2, B, H, chunks)).
+    """([dB_f, dC_f, dB_b, dC_b], Rst (2, B, H, L'), products 2^total <T, S> of each chunk (2, B, H, chunks)).
 
-    sums: Rst and Cst of the causal and the anticausal direction; products: 2^total <T, S> of each chunk. Unwritten where no states are.
+    The latter two have the causal direction first, and are unwritten where there are no states.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = triton.cdiv(L, Q)
     rows = min(config.rows, Q)
+    dfeatures = tiles.dfeatures
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in features]
-    sums = decays.sums.new_empty(2, batch, H, chunks * Q, 2)
+    sums = decays.sums.new_empty(2, batch, H, chunks * Q)
     products = decays.sums.new_empty(2, batch, H, chunks)
-    strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
+    strides = [s for t in (x, dy, features[1], features[3]) for s in t.stride()[:3]]
     _feature_grads_kernel[(batch * chunks * G * (Q // rows) * 2,)](
-        x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-        x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint, dfeatures, sums,
-        products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0), dfeatures.stride(1),
-        dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,
-        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, Q=Q, ROWS=rows, N=N, P=P,
-        PRECISION=precision, STAGES=config.stages, num_warps=config.warps, maxnreg=config.registers,
+        x, dy, features[1], features[3], decays.sums, decays.sums if decays.steps is None else decays.steps,
+        decays.totals, x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint,
+        dfeatures, sums, products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0),
+        dfeatures.stride(1), dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,
+        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None,
+        PACKED=x.dtype == torch.bfloat16, PAIR=tiles.beside is not None, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision,
+        STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return grads, sums, products

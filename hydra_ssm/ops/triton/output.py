@@ -158,7 +158,6 @@ class OutputConfig:
     packed: bool = False
     warps: int = 8
     stages: int = 2
-    registers: int | None = None  # at most, a thread; None: what the compiler likes
 
 
 def chunk_outputs(
@@ -178,6 +177,6 @@ def chunk_outputs(
         x if states is None else states, y, L, H, chunks, H // G, 0 if states is None else states.stride(0), *strides,
         HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision, STAGES=config.stages,
-        num_warps=config.warps, maxnreg=config.registers,
+        num_warps=config.warps,
     )  # fmt: skip
     return y

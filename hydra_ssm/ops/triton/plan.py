@@ -41,8 +41,6 @@ def plan(x: Tensor, features: Tensor) -> Plan:
         precision="ieee",
         states=StatesConfig(local=2 * batch * H < 132),
         output=OutputConfig(heads=divisor(H // G, 4), rows=chunk if wide else 64, packed=not wide, warps=4),
-        value_grads=ValueGradsConfig(
-            heads=divisor(H // G, 12), blocks=1 if chunk == 32 else 2, warps=4 if chunk == 32 else 8
-        ),
+        value_grads=ValueGradsConfig(heads=H // G, pair=chunk == 128),
         feature_grads=FeatureGradsConfig(rows=min(chunk, 64)),
     )

@@ -46,15 +46,11 @@ def quasiseparable_backward(
         states = chunk_states(B_f, B_b, x, decays, ids, Q, how.states, precision, adjoint=False)
         adjoint = chunk_states(C_f, C_b, dy, decays, ids, Q, how.states, precision, adjoint=True)
     features = (B_f, C_f, B_b, C_b)
-    dx, row_sums, column_sums, dfeatures = value_grads(
-        x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision
-    )
+    dx, tiles = value_grads(x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision)
     grads, state_sums, products = feature_grads(
-        x, dy, features, decays, ids, states, adjoint, dfeatures, Q, how.feature_grads, precision
+        x, dy, features, decays, ids, states, adjoint, tiles, Q, how.feature_grads, precision
     )
     if states is None:
         state_sums = products = None
-    ddt_f, ddt_b, dA, ddiagonal = step_grads(
-        dt_f, dt_b, A, diagonal, row_sums, column_sums, state_sums, products, Q
-    )
+    ddt_f, ddt_b, dA, ddiagonal = step_grads(dt_f, dt_b, A, diagonal, tiles, state_sums, products, Q)
     return dx, ddt_f, ddt_b, dA, grads[0], grads[1], grads[2], grads[3], ddiagonal

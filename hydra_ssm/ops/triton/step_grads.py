@@ -14,20 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import SMALLEST_STEP
+from .value_grads import TileSums
 
 
 @triton.jit
 def _direction(
-    dt, ddt, row_sums, column_sums, state_sums, products, at, at_chunk, rate, h, H, place, L, stride_l, stride_h,
-    REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
+    dt, ddt, row_sums, beside, column_sums, state_sums, products, at, at_chunk, rate, h, H, place, L, stride_l, stride_h,
+    REVERSE: tl.constexpr, PAIR: tl.constexpr, Q: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
     keep = (h < H)[:, None] & (place < L)[None, :]
     rows = tl.load(row_sums + at * 2, mask=keep, other=0.0)
     columns = tl.load(column_sums + at * 4, mask=keep, other=0.0)
+    if PAIR:
+        half = ((place % Q < Q // 2) == REVERSE)[None, :]
+        rows += tl.load(beside + at, mask=keep & half, other=0.0)
     if HAS_STATES:
-        rows += tl.load(state_sums + at * 2, mask=keep, other=0.0)
-        through = tl.load(state_sums + at * 2 + 1, mask=keep, other=0.0)
+        rows += tl.load(state_sums + at, mask=keep, other=0.0)
+        through = tl.load(column_sums + at * 4 + 2, mask=keep, other=0.0)
     da = tl.cumsum(rows - columns, 1, reverse=not REVERSE) - rows
     if HAS_STATES:
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
@@ -45,7 +49,9 @@ def _step_grads_kernel(
     dt_b,
     A,
     row_sums,
+    beside,
     column_sums,
+    ddiagonals,
     state_sums,
     products,
     ddt_f,
@@ -63,6 +69,7 @@ def _step_grads_kernel(
     stride_bb,
     stride_bl,
     stride_bh,
+    PAIR: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     HAS_STATES: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -80,23 +87,23 @@ def _step_grads_kernel(
     at_chunk = (batch * H + h) * chunks + chunk
     out = batch * L * H
     f = _direction(
-        dt_f + batch * stride_fb, ddt_f + out, row_sums, column_sums, state_sums, products, at, at_chunk, rate, h, H,
-        place, L, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
+        dt_f + batch * stride_fb, ddt_f + out, row_sums, beside, column_sums, state_sums, products, at, at_chunk, rate, h, H,
+        place, L, stride_fl, stride_fh, False, PAIR, Q, HAS_STATES, SMALLEST,
     )  # fmt: skip
     b = _direction(
-        dt_b + batch * stride_bb, ddt_b + out, row_sums + 1, column_sums + 1, state_sums + state_stride,
-        products + product_stride, at, at_chunk, rate, h, H, place, L, stride_bl, stride_bh, True, HAS_STATES, SMALLEST,
+        dt_b + batch * stride_bb, ddt_b + out, row_sums + 1, beside, column_sums + 1, state_sums + state_stride,
+        products + product_stride, at, at_chunk, rate, h, H, place, L, stride_bl, stride_bh, True, PAIR, Q, HAS_STATES, SMALLEST,
     )  # fmt: skip
     tl.store(dA + pid * H + h, f + b, mask=h < H)
     if HAS_DIAGONAL:
         keep = (h < H)[:, None] & (place < L)[None, :]
-        d = tl.load(column_sums + at * 4 + 2, mask=keep, other=0.0)
+        d = tl.load(ddiagonals + at, mask=keep, other=0.0)
         tl.store(ddiagonal + out + place[None, :] * H + h[:, None], d.to(ddiagonal.dtype.element_ty), mask=keep)
 
 
 def step_grads(
-    dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, row_sums: Tensor,
-    column_sums: Tensor, state_sums: Tensor | None, products: Tensor | None, Q: int,
+    dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, tiles: TileSums, state_sums: Tensor | None,
+    products: Tensor | None, Q: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(ddt_f, ddt_b (B, L, H), dA (H,), d diagonal (B, L, H) or None), each in its tensor's dtype."""
     batch, L, H = dt_f.shape
@@ -107,11 +114,11 @@ def step_grads(
     ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
     block = min(triton.next_power_of_2(H), 8)
     _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
-        dt_f, dt_b, A, row_sums, column_sums, row_sums if state_sums is None else state_sums,
-        row_sums if products is None else products, ddt_f, ddt_b, dA, dA if ddiagonal is None else ddiagonal, L, H,
-        chunks, 0 if state_sums is None else state_sums.stride(0),
-        0 if products is None else products.stride(0), *dt_f.stride(), *dt_b.stride(),
-        HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, Q=Q,
-        BLOCK_H=block, num_warps=4,
+        dt_f, dt_b, A, tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
+        tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,
+        tiles.rows if products is None else products, ddt_f, ddt_b, dA, dA if ddiagonal is None else ddiagonal, L, H,
+        chunks, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
+        *dt_f.stride(), *dt_b.stride(), PAIR=tiles.beside is not None, HAS_DIAGONAL=ddiagonal is not None,
+        HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
     return ddt_f, ddt_b, dA.sum(0).to(A.dtype), ddiagonal
