@@ -53,20 +53,20 @@ def error(a: Tensor, exact: Tensor) -> float:
 
 CASES = [
     dict(batch=2, length=300),
-    dict(batch=2, length=300, documents=True),
     dict(batch=1, length=1, heads=2),
     dict(batch=3, length=129, heads=4, groups=2, width=32, state=16),
     dict(batch=1, length=257, heads=2, width=128, state=64),
     dict(batch=1, length=200, heads=2, width=16, state=128, documents=True),
     dict(batch=2, length=300, strong=100.0),
+    dict(batch=2, length=300, documents=True),
     dict(batch=4, length=2048),
 ]
 
 
-def accuracy(forward: Callable[..., Tensor]) -> list[dict]:
+def accuracy(forward: Callable[..., Tensor], last: int = 100) -> list[dict]:
     """Errors of `forward` and of the eager form, both against float64, fresh inputs and poisoned memory each time."""
     rows = []
-    for seed, case in enumerate(CASES):
+    for seed, case in list(enumerate(CASES))[-last:]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             args = inputs(**case, dtype=dtype, seed=seed)
             exact = eager(args, torch.float64)
@@ -97,10 +97,10 @@ def eager_gradients(args: tuple, dy: Tensor, dtype: torch.dtype | None = None) -
     return list(torch.autograd.grad(eager(leaves), wanted, dy))
 
 
-def gradient_accuracy(backward: Callable[..., tuple]) -> list[dict]:
+def gradient_accuracy(backward: Callable[..., tuple], last: int = 100) -> list[dict]:
     """Errors of every gradient and of the eager form's, against float64."""
     rows = []
-    for seed, case in enumerate(CASES):
+    for seed, case in list(enumerate(CASES))[-last:]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             args = inputs(**case, dtype=dtype, seed=seed)
             dy = torch.randn_like(args[0])
