@@ -33,10 +33,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         write_manifest(part)
         for path in [*part.rglob("*"), part]:
             sync(path)
-        if target.exists():  # a damaged one, or the same step again
-            remove(target)
+        old = _set_aside(target)
         part.rename(target)
         sync(target.parent)
+        remove(old)
     except BaseException as error:
         full = _disk_is_full(error, target.parent)
         remove(part)
@@ -51,7 +51,9 @@ def _disk_is_full(error: BaseException, folder: Path) -> bool:
     """Whether that is why something could not be written. torch and safetensors have errors of their own for it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return isinstance(error, Exception) and ("No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20)
+    if not isinstance(error, Exception) or not folder.exists():
+        return False
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20
 
 
 def write_manifest(folder: Path) -> None:
@@ -103,16 +105,20 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if there is one."""
+    """Remove a file or folder, if there is one. No folder is ever seen half removed under its name."""
     if path.is_dir() and not path.is_symlink():
-        # Under another name first: a folder that is half removed must not look like a whole one.
-        doomed = path.with_name(UNFINISHED + "removed-" + path.name)
-        if not path.name.startswith(UNFINISHED):
-            shutil.rmtree(doomed, ignore_errors=True)
-            path = path.rename(doomed)
-        shutil.rmtree(path)
+        shutil.rmtree(path if path.name.startswith(UNFINISHED) else _set_aside(path))
     else:
         path.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """Where a folder, if there is one, waits for its removal."""
+    aside = path.with_name(f"{UNFINISHED}removed-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        path.rename(aside)
+    return aside
 
 
 def write_text(path: Path, text: str) -> None:

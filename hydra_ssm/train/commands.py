@@ -99,6 +99,10 @@ def pretrain(
         score = start(recipe, out, overwrite=overwrite)
     if score is None:
         print(f"the run in {out} has ended already")
+    else:
+        print(
+            f"saved {out}: held-out loss {score.loss:.3f}, masked accuracy {score.accuracy:.1%}; more in its README.md"
+        )
     place = shlex.quote(str(out))
     print(f"next: hydra-ssm fill-mask {place} {shlex.quote(example(recipe))}\n      hydra-ssm embed {place} FILE")
 

@@ -142,8 +142,10 @@ def _hub(source: str, column: str) -> Texts:
 def _load(mistake: str, path: str, **options: Any) -> Any:
     """datasets.load_dataset's split train. What it shows and raises becomes a UserError that begins with `mistake`."""
     datasets = require("datasets", "train")
-    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], datasets.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(path, split="train", **options)
@@ -153,7 +155,8 @@ def _load(mistake: str, path: str, **options: Any) -> Any:
             reason = reason.__cause__
         raise UserError(f"{mistake}: {(str(reason).strip() or type(reason).__name__).splitlines()[0]}") from error
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 

@@ -224,7 +224,7 @@ def test_without_arguments_a_model_is_trained_on_what_python_carries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--steps", "5"]) == 0
+    assert main(["pretrain", "--steps", "5", "--evaluate-every", "5", "--save-every", "5"]) == 0
     out = capsys.readouterr().out
     assert "next: hydra-ssm fill-mask runs/hydra-tiny 'The [MASK] statement is used for conditional execution.'" in out
     metrics = json.loads(Path("runs/hydra-tiny/metrics.json").read_text(encoding="utf-8"))
