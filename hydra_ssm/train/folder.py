@@ -61,9 +61,14 @@ class RunFolder:
     def begin(self, overwrite: bool) -> Iterator[Path]:
         """A folder to prepare, which becomes `training` when it is complete: only then is an old run removed."""
         self.check_free(overwrite)
-        old = self.result()
-        with whole_folder(self.training) as part:
-            yield part
+        old, new = self.result(), not self.path.exists()
+        try:
+            with whole_folder(self.training) as part:
+                yield part
+        except BaseException:
+            if new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()  # a mistake leaves nothing behind
+            raise
         for name in old:
             remove(self.path / name)
 
