@@ -17,6 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import SHAPES, accuracy, gradient_accuracy, graph_time, inputs, machine
 
+import hydra_ssm.ops.triton.step_grads as step_grads_module
+from hydra_ssm.ops.triton import decay
 from hydra_ssm.ops.triton.decay import chunk_decays
 from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, feature_grads
 from hydra_ssm.ops.triton.output import OutputConfig, chunk_outputs
@@ -30,13 +32,9 @@ VARIANTS: dict[str, list] = {
     "states": [(128, StatesConfig(1, False, 4, 2)), (128, StatesConfig(1, False, 4, 3)), (128, StatesConfig(1, True, 4))]
     + [(64, StatesConfig(1, False, 4, 3)), (64, StatesConfig(1, True, 4))],
     "output": [(128, OutputConfig(24, 128, False, 8, 4)), (64, OutputConfig(8, 64, True, 4, 3))],
-    "value": [(128, ValueGradsConfig(heads, True, 4, stages)) for heads in (24, 12, 8) for stages in (2, 3)]
-    + [(64, ValueGradsConfig(24, False, 4, stages)) for stages in (2, 3)],
-    "feature": [
-        (Q, FeatureGradsConfig(rows, warps, stages))
-        for Q, rows, warps in ((128, 64, 4), (128, 128, 8), (64, 64, 4))
-        for stages in (2, 3, 4)
-    ],
+    "value": [(64, ValueGradsConfig(24, False, 4, 2)), (128, ValueGradsConfig(24, True, 4, 2))],
+    "feature": [(64, FeatureGradsConfig(64, 4, stages)) for stages in (2, 3)]
+    + [(128, FeatureGradsConfig(64, 4, 2)), (128, FeatureGradsConfig(128, 8, 3))],
 }  # fmt: skip
 
 
@@ -79,12 +77,12 @@ class Case:
         shares = 1
         new = decays.sums.new_zeros
         shape = decays.sums.shape[:3]
-        tiles = TileSums(new(*shape, 2), new(shape) if Q == 128 else None, new(*shape, 4), new(shape),
+        tiles = TileSums(new(*shape, 2), new(shape) if Q == 128 else None, new(*shape, 2), new(shape),
                          new(shares, 5, x.shape[0], 1, shape[2], 64))  # fmt: skip
         if kind == "feature":
             return lambda: feature_grads(x, dy, features, decays, ids, S, T, tiles, Q, config, "ieee")
         assert kind == "step"
-        sums = new(2, *shape)
+        sums = new(2, *shape, 2)
         products = new(2, *decays.totals.shape[:3])
         has = S is not None
         return lambda: step_grads(dt_f, dt_b, A, d, tiles, sums if has else None, products if has else None, Q)
@@ -118,6 +116,12 @@ def warm(job: int, jobs: int) -> None:
 def sweep(lines: list, best: dict) -> None:
     """Every variant on one shape, the best ones on all; appends (kind, shape, Q, config, time)."""
     reference = Case(16, 2048)
+    for module, kind in ((decay, "decay"), (step_grads_module, "step")):
+        for module.BLOCK_HEADS in (4, 8):
+            for Q in (64, 128):
+                t = measured(reference.call(kind, Q, None))
+                lines.append((kind, "16x2048", Q, f"{module.BLOCK_HEADS} heads", t))
+        module.BLOCK_HEADS = 8
     for kind, some in VARIANTS.items():
         for Q, config in some:
             lines.append((kind, "16x2048", Q, config, measured(reference.call(kind, Q, config))))
@@ -128,6 +132,10 @@ def sweep(lines: list, best: dict) -> None:
                 best[kind, Q] = sorted(timed, key=lambda x: x[4])[0][3]
     for batch, length in SHAPES:
         case, name = Case(batch, length), f"{batch}x{length}"
+        lines.append(("planned forward", name, 0, None, measured(lambda: quasiseparable_forward(*case.args))))
+        lines.append(
+            ("planned backward", name, 0, None, measured(lambda: quasiseparable_backward(case.dy, *case.args)))
+        )
         for Q in (128, 64):
             lines.append(("decay", name, Q, None, measured(case.call("decay", Q, None))))
             lines.append(("step", name, Q, None, measured(case.call("step", Q, None))))
@@ -177,12 +185,12 @@ def main() -> None:
         worst = row.get("worst", "")
         print("ok " if row.get("ok") else "BAD", row["dtype"], row["case"], row.get("error"), row.get("eager"), worst,
               row.get("failed", ""), "" if row.get("same", True) else "NOT THE SAME TWICE")  # fmt: skip
-    for kind in (*VARIANTS, "adjoint", "decay", "step", "forward", "backward"):
+    for kind in (*VARIANTS, "adjoint", "decay", "step", "forward", "backward", "planned forward", "planned backward"):
         for name in (f"{b}x{n}" for b, n in SHAPES):
             some = [x for x in lines if x[0] == kind and x[1] == name and isinstance(x[4], float)]
             many = 6 if name == "16x2048" else 2
             for x in sorted(some, key=lambda x: x[4])[:many]:
-                config = str(x[3]).replace("Config", "") if kind in VARIANTS or kind == "adjoint" else ""
+                config = str(x[3]).replace("Config", "") if kind not in ("forward", "backward") else ""
                 print(f"{kind:8s} {name:9s} Q{x[2]:<4d} {x[4]:7.1f} us  {config}")
     print("failures", {str(x[4]) for x in lines if not isinstance(x[4], float)})
     print(report["machine"], f"{time.time() - begin:.0f} s")

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+BLOCK_HEADS = 8
 SMALLEST_STEP = 2.0**-100  # what dt = 0 counts as: it adds nothing, and gradients may divide by it
 
 
@@ -128,7 +129,7 @@ def chunk_decays(dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None,
     sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
     steps = None if folded else empty(chunks * Q, 2)
     diagonals = None if diagonal is None else empty(chunks * Q)
-    block = min(triton.next_power_of_2(H), 8)
+    block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _decay_kernel[(batch * chunks, triton.cdiv(H, block))](
         dt_f, dt_b, A, dt_f if diagonal is None else diagonal, sums, sums if steps is None else steps, totals,
         sums if diagonals is None else diagonals, L, H, chunks, *dt_f.stride(), *dt_b.stride(),

@@ -3,7 +3,7 @@
 Per direction, with S entering the chunk that is read and T its adjoint coming the other way:
 
     dC = (the tiles' part) + sum_h 2^row dy S^T                       Rst_i = (2^row dy S^T)_i . C_i
-    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T
+    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T        Cst_j = (dt 2^(total - column) x T^T)_j . B_j
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .value_grads import TileSums
 def _direction(
     x,
     dy,
+    B,
     C,
     decays,
     steps,
@@ -47,6 +48,7 @@ def _direction(
     stride_xh,
     stride_yl,
     stride_yh,
+    stride_Bl,
     stride_Cl,
     DIRECTION: tl.constexpr,
     HEADS: tl.constexpr,
@@ -85,6 +87,8 @@ def _direction(
     if HAS_STATES:
         C += (begin - 1 + 2 * DIRECTION) * stride_Cl
         Cs = tl.load(C + i[:, None] * stride_Cl + n[None, :], mask=exists, other=0.0).to(tl.float32)
+        B += begin * stride_Bl
+        Bs = tl.load(B + i[:, None] * stride_Bl + n[None, :], mask=inside, other=0.0).to(tl.float32)
         if HAS_IDS:
             ids += begin
             if DIRECTION == 0:
@@ -119,8 +123,10 @@ def _direction(
             T = tl.load(adjoint + h * (N * P) + entry)
             dCs = tl.dot(dys, tl.trans(S), input_precision=PRECISION) * read[:, None]
             dC_sum += dCs
-            tl.store(sums + h * (chunks * Q) + i, tl.sum(dCs * Cs, 1))
-            dB_sum += tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
+            dBs = tl.dot(values, tl.trans(T), input_precision=PRECISION) * write[:, None]
+            dB_sum += dBs
+            both = tl.join(tl.sum(dCs * Cs, 1), tl.sum(dBs * Bs, 1))
+            tl.store(sums + (h * (chunks * Q) + i)[:, None] * 2 + tl.arange(0, 2)[None, :], both)
             if part == 0:
                 if PACKED:
                     product = tl.sum((S * T).to(tl.float32))
@@ -142,7 +148,9 @@ def _direction(
 def _feature_grads_kernel(
     x,
     dy,
+    B_f,
     C_f,
+    B_b,
     C_b,
     decays,
     steps,
@@ -172,9 +180,15 @@ def _feature_grads_kernel(
     stride_yb,
     stride_yl,
     stride_yh,
+    stride_Bfb,
+    stride_Bfl,
+    stride_Bfg,
     stride_Cfb,
     stride_Cfl,
     stride_Cfg,
+    stride_Bbb,
+    stride_Bbl,
+    stride_Bbg,
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
@@ -204,7 +218,7 @@ def _feature_grads_kernel(
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 2)
     totals += (first * chunks + chunk) * 2
-    sums += (first * chunks + chunk) * Q
+    sums += (first * chunks + chunk) * (Q * 2)
     products += first * chunks + chunk
     ids += batch * L
     x += batch * stride_xb + head0 * stride_xh
@@ -214,20 +228,20 @@ def _feature_grads_kernel(
     out = (batch * L * G + group) * N
     if direction == 0:
         _direction(
-            x, dy, C_f + batch * stride_Cfb + group * stride_Cfg,
+            x, dy, B_f + batch * stride_Bfb + group * stride_Bfg, C_f + batch * stride_Cfb + group * stride_Cfg,
             decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums, products, dB_f + out, dC_f + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride,
-            stride_xl, stride_xh, stride_yl, stride_yh, stride_Cfl,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bfl, stride_Cfl,
             0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         at += state_stride
         _direction(
-            x, dy, C_b + batch * stride_Cbb + group * stride_Cbg,
+            x, dy, B_b + batch * stride_Bbb + group * stride_Bbg, C_b + batch * stride_Cbb + group * stride_Cbg,
             decays, steps, totals, ids, states + at, adjoint + at, dfeatures, sums + sums_stride,
             products + product_stride, dB_b + out, dC_b + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride,
-            stride_xl, stride_xh, stride_yl, stride_yh, stride_Cbl,
+            stride_xl, stride_xh, stride_yl, stride_yh, stride_Bbl, stride_Cbl,
             1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
@@ -245,7 +259,7 @@ def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
     states: Tensor | None, adjoint: Tensor | None, tiles: TileSums, Q: int, config: FeatureGradsConfig, precision: str,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """([dB_f, dC_f, dB_b, dC_b], Rst (2, B, H, L'), products 2^total <T, S> of each chunk (2, B, H, chunks)).
+    """([dB_f, dC_f, dB_b, dC_b], Rst and Cst (2, B, H, L', 2), products 2^total <T, S> of each chunk (2, B, H, chunks)).
 
     The latter two have the causal direction first, and are unwritten where there are no states.
     """
@@ -255,11 +269,11 @@ def feature_grads(
     rows = min(config.rows, Q)
     dfeatures = tiles.dfeatures
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in features]
-    sums = decays.sums.new_empty(2, batch, H, chunks * Q)
+    sums = decays.sums.new_empty(2, batch, H, chunks * Q, 2)
     products = decays.sums.new_empty(2, batch, H, chunks)
-    strides = [s for t in (x, dy, features[1], features[3]) for s in t.stride()[:3]]
+    strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
     _feature_grads_kernel[(batch * chunks * G * (Q // rows) * 2,)](
-        x, dy, features[1], features[3], decays.sums, decays.sums if decays.steps is None else decays.steps,
+        x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps,
         decays.totals, x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint,
         dfeatures, sums, products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0),
         dfeatures.stride(1), dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,

@@ -18,29 +18,31 @@ class Plan:
     """Chunk length and the configuration of each kernel."""
 
     chunk: int = 128
-    precision: str = "tf32"  # of float32 products; "ieee" is exact, and ignored for 16-bit types
+    precision: str = "ieee"  # of float32 products, exact; ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     value_grads: ValueGradsConfig = field(default_factory=ValueGradsConfig)
     feature_grads: FeatureGradsConfig = field(default_factory=FeatureGradsConfig)
 
 
-def divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`."""
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
+def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
+    """The plan for x (B, L, H, P) and B (B, L, G, N), as measured on an H100 (benchmarks/gpu/notes.md).
 
-
-def plan(x: Tensor, features: Tensor) -> Plan:
-    """The plan for x (B, L, H, P) and features (B, L, G, N)."""
-    batch, _, H, P = x.shape
-    G, N = features.shape[2:]
-    wide = x.dtype == torch.float32
-    chunk = 32 if wide or max(N, P) > 64 else 128
+    The backward pass goes with shorter chunks, for its registers, but where one chunk of 128 spares it all states.
+    """
+    batch, L, H, P = x.shape
+    G, N = B.shape[2:]
+    heads = H // G
+    if x.dtype == torch.float32 or max(N, P) > 64:
+        chunk, warps, output = 32, 4, OutputConfig(heads, 32, False, 4, 2)
+    elif not backward or L <= 128:
+        chunk, warps, output = 128, 4, OutputConfig(heads, 128, False, 8, 4)
+    else:
+        chunk, warps, output = 64, 4, OutputConfig(heads, 64, True, 4, 3)
     return Plan(
         chunk=chunk,
-        precision="ieee",
-        states=StatesConfig(local=2 * batch * H < 132),
-        output=OutputConfig(heads=divisor(H // G, 4), rows=chunk if wide else 64, packed=not wide, warps=4),
-        value_grads=ValueGradsConfig(heads=H // G, pair=chunk == 128),
-        feature_grads=FeatureGradsConfig(rows=min(chunk, 64)),
+        states=StatesConfig(local=batch * H < 64, warps=warps, stages=2 if L <= 512 else 3),
+        output=output,
+        value_grads=ValueGradsConfig(heads, chunk == 128, 4, 2),
+        feature_grads=FeatureGradsConfig(min(chunk, 64), 4, 2),
     )

@@ -38,7 +38,7 @@ def quasiseparable_backward(
     ids: Tensor | None = None, diagonal: Tensor | None = None, how: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of x, dt_f, dt_b, A, B_f, C_f, B_b, C_b and the diagonal; decays and states are computed again."""
-    how = plan(x, B_f) if how is None else how
+    how = plan(x, B_f, backward=True) if how is None else how
     Q, precision = how.chunk, how.precision
     decays = chunk_decays(dt_f, dt_b, A, diagonal, Q, folded=x.dtype != torch.float32)
     states = adjoint = None

@@ -17,21 +17,26 @@ from .decay import SMALLEST_STEP
 from .value_grads import TileSums
 
 
+BLOCK_HEADS = 8
+
+
+@triton.jit
+def _two(pointer, at, keep):
+    """Two numbers side by side, for each of a (heads, tokens) tile."""
+    return tl.split(
+        tl.load(pointer + at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], mask=keep[:, :, None], other=0.0)
+    )
+
+
 @triton.jit
 def _direction(
-    dt, ddt, row_sums, beside, column_sums, state_sums, products, at, at_chunk, rate, h, H, place, L, stride_l, stride_h,
-    REVERSE: tl.constexpr, PAIR: tl.constexpr, Q: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
+    dt, ddt, rows, columns, state_sums, products, at, at_chunk, keep, rate, h, H, place, stride_l, stride_h,
+    REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
-    keep = (h < H)[:, None] & (place < L)[None, :]
-    rows = tl.load(row_sums + at * 2, mask=keep, other=0.0)
-    columns = tl.load(column_sums + at * 4, mask=keep, other=0.0)
-    if PAIR:
-        half = ((place % Q < Q // 2) == REVERSE)[None, :]
-        rows += tl.load(beside + at, mask=keep & half, other=0.0)
     if HAS_STATES:
-        rows += tl.load(state_sums + at, mask=keep, other=0.0)
-        through = tl.load(column_sums + at * 4 + 2, mask=keep, other=0.0)
+        read, through = _two(state_sums, at, keep)
+        rows += read
     da = tl.cumsum(rows - columns, 1, reverse=not REVERSE) - rows
     if HAS_STATES:
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
@@ -86,17 +91,23 @@ def _step_grads_kernel(
     at = (batch * H + h)[:, None] * (chunks * Q) + place[None, :]
     at_chunk = (batch * H + h) * chunks + chunk
     out = batch * L * H
+    keep = (h < H)[:, None] & (place < L)[None, :]
+    rows_f, rows_b = _two(row_sums, at, keep)
+    columns_f, columns_b = _two(column_sums, at, keep)
+    if PAIR:
+        more = tl.load(beside + at, mask=keep, other=0.0)
+        rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
+        rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
     f = _direction(
-        dt_f + batch * stride_fb, ddt_f + out, row_sums, beside, column_sums, state_sums, products, at, at_chunk, rate, h, H,
-        place, L, stride_fl, stride_fh, False, PAIR, Q, HAS_STATES, SMALLEST,
+        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, products, at, at_chunk, keep, rate,
+        h, H, place, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
     )  # fmt: skip
     b = _direction(
-        dt_b + batch * stride_bb, ddt_b + out, row_sums + 1, beside, column_sums + 1, state_sums + state_stride,
-        products + product_stride, at, at_chunk, rate, h, H, place, L, stride_bl, stride_bh, True, PAIR, Q, HAS_STATES, SMALLEST,
+        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + state_stride, products + product_stride,
+        at, at_chunk, keep, rate, h, H, place, stride_bl, stride_bh, True, HAS_STATES, SMALLEST,
     )  # fmt: skip
     tl.store(dA + pid * H + h, f + b, mask=h < H)
     if HAS_DIAGONAL:
-        keep = (h < H)[:, None] & (place < L)[None, :]
         d = tl.load(ddiagonals + at, mask=keep, other=0.0)
         tl.store(ddiagonal + out + place[None, :] * H + h[:, None], d.to(ddiagonal.dtype.element_ty), mask=keep)
 
@@ -112,7 +123,7 @@ def step_grads(
     ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device)
     dA = torch.empty(batch * chunks, H, dtype=torch.float32, device=A.device)
     ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
-    block = min(triton.next_power_of_2(H), 8)
+    block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
         dt_f, dt_b, A, tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
         tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,

@@ -156,7 +156,7 @@ def _value_grads_kernel(
     ddiagonals += here
     row_sums += here * 2
     other_sums += here
-    column_sums += here * 4
+    column_sums += here * 2
     totals += ((batch * H + head0) * chunks + chunk) * 2
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
     dy += batch * stride_yb + head0 * stride_yh + begin * stride_yl
@@ -185,7 +185,11 @@ def _value_grads_kernel(
         column_sum_b = tl.sum(K_b, 1)
         if HAS_DIAGONAL:
             matrix = tl.where(equal, tl.load(diagonals + at + j).to(matrix.dtype)[None, :], matrix)
-            tl.store(ddiagonals + at + j, tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1))
+            if FOLDED:
+                ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
+            else:  # more exact, and slower
+                ddiagonal = tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1)
+            tl.store(ddiagonals + at + j, ddiagonal)
         else:
             matrix = tl.where(equal, 0.0, matrix)
         out = tl.dot(matrix.to(dtype), dys, input_precision=PRECISION)
@@ -204,8 +208,8 @@ def _value_grads_kernel(
             column_sum_f += tl.where(part == 0, more, 0.0)
             column_sum_b += tl.where(part == 0, 0.0, more)
             out = tl.dot(matrix.to(dtype), dys, out, input_precision=PRECISION)
-        through_f = tl.zeros([ROWS], tl.float32)
-        through_b = tl.zeros([ROWS], tl.float32)
+        to = column_sums + (at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(to, tl.join(column_sum_f, column_sum_b))
         if HAS_STATES:
             to_f = tl.exp2(tl.load(totals + h * chunks * 2) - column_f)
             to_b = tl.exp2(tl.load(totals + h * chunks * 2 + 1) - column_b)
@@ -216,15 +220,9 @@ def _value_grads_kernel(
                 to_f *= to_right
                 to_b *= to_left
             T = tl.load(adjoint + entry + h * (N * P))
-            through = tl.dot(Bf, T, input_precision=PRECISION) * to_f[:, None]
-            through_f = tl.sum(through * values.to(tl.float32), 1)
-            out += through
+            out += tl.dot(Bf, T, input_precision=PRECISION) * to_f[:, None]
             T = tl.load(adjoint + entry + (h * (N * P) + state_stride))
-            through = tl.dot(Bb, T, input_precision=PRECISION) * to_b[:, None]
-            through_b = tl.sum(through * values.to(tl.float32), 1)
-            out += through
-        four = tl.reshape(tl.join(tl.join(column_sum_f, through_f), tl.join(column_sum_b, through_b)), [ROWS, 4])
-        tl.store(column_sums + (at + j)[:, None] * 4 + tl.arange(0, 4)[None, :], four)
+            out += tl.dot(Bb, T, input_precision=PRECISION) * to_b[:, None]
         tl.store(dxs + h * P, out.to(dtype), mask=inside)
 
     # dfeatures (programs of a group, 5, B, G, L', N): dB_f, dC_f, dB_b, dC_b of the blocks on the diagonal (dB of the
@@ -277,9 +275,11 @@ class TileSums:
     """What dt, A and the diagonal need of the chunks, float32, and the parts of dB and dC."""
 
     rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
-    beside: Tensor | None  # (B, H, L') in the blocks beside it: causal in a chunk's second half, anticausal in its first
-    columns: Tensor  # (B, H, L', 4) column sums of K, causal and anticausal, then Cst likewise
-    diagonal: Tensor | None  # (B, H, L')
+    beside: (
+        Tensor | None
+    )  # (B, H, L') in the blocks beside it: causal in a chunk's second half, anticausal in its first
+    columns: Tensor  # (B, H, L', 2) column sums of K, causal and anticausal
+    diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
     dfeatures: Tensor  # (programs, 5, B, G, L', N) dB_f, dC_f, dB_b, dC_b, dC beside, dC in its rows' coordinates
 
 
@@ -297,7 +297,7 @@ def value_grads(
     sums = TileSums(
         new(batch, H, chunks * Q, 2),
         new(batch, H, chunks * Q) if config.pair else None,
-        torch.empty_like(decays.sums),
+        new(batch, H, chunks * Q, 2),
         None if decays.diagonal is None else torch.empty_like(decays.diagonal),
         new(H // G // config.heads, 5, batch, G, chunks * Q, N),
     )
