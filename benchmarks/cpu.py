@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -33,12 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--longest", type=int, default=65536, help="longest sequence (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch; 1 on a machine that is busy with other work")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # in a process of its own: see `memory`
     arguments = parser.parse_args()
     if arguments.peak:
         print(peak(arguments.peak))
         return
     torch.manual_seed(0)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     results = {"machine": machine(), "recurrence": recurrence(), "length": lengths(arguments.longest)}
     results |= {"attention": attention(), "packing": packing()}
     if arguments.json:
@@ -174,9 +176,15 @@ def peak(length: int) -> float:
     layer = Hydra(WIDTH)
     train(layer, torch.randn(1, 64, WIDTH))()
     u = torch.randn(1, length, WIDTH)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     train(layer, u)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return high_water() - before
+
+
+def high_water() -> float:
+    """Most MB that this process has held. Not ru_maxrss: a child's starts at its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def interleaved(runs: dict, repeats: int) -> dict:
