@@ -33,8 +33,8 @@ VARIANTS: dict[str, list] = {
     + [(64, StatesConfig(1, False, 4, 3)), (64, StatesConfig(1, True, 4))],
     "output": [(128, OutputConfig(24, 128, False, 8, 4)), (64, OutputConfig(8, 64, True, 4, 3))],
     "value": [(64, ValueGradsConfig(24, False, 4, 2)), (128, ValueGradsConfig(24, True, 4, 2))],
-    "feature": [(64, FeatureGradsConfig(64, 4, stages)) for stages in (2, 3)]
-    + [(128, FeatureGradsConfig(64, 4, 2)), (128, FeatureGradsConfig(128, 8, 3))],
+    "feature": [(Q, FeatureGradsConfig(64, 4, stages)) for Q in (64, 128) for stages in (2, 3, 4)]
+    + [(128, FeatureGradsConfig(128, 8, 3))],
 }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class Case:
         if kind == "feature":
             return lambda: feature_grads(x, dy, features, decays, ids, S, T, tiles, Q, config, "ieee")
         assert kind == "step"
-        sums = new(2, *shape, 2)
+        sums = new(4, *shape)
         products = new(2, *decays.totals.shape[:3])
         has = S is not None
         return lambda: step_grads(dt_f, dt_b, A, d, tiles, sums if has else None, products if has else None, Q)

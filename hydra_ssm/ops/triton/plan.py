@@ -44,5 +44,5 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         states=StatesConfig(local=batch * H < 64, warps=warps, stages=2 if L <= 512 else 3),
         output=output,
         value_grads=ValueGradsConfig(heads, chunk == 128, 4, 2),
-        feature_grads=FeatureGradsConfig(min(chunk, 64), 4, 2),
+        feature_grads=FeatureGradsConfig(min(chunk, 64), 4, 3),
     )

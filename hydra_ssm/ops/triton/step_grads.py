@@ -30,13 +30,13 @@ def _two(pointer, at, keep):
 
 @triton.jit
 def _direction(
-    dt, ddt, rows, columns, state_sums, products, at, at_chunk, keep, rate, h, H, place, stride_l, stride_h,
+    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, rate, h, H, place, stride_l, stride_h,
     REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
     if HAS_STATES:
-        read, through = _two(state_sums, at, keep)
-        rows += read
+        rows += tl.load(state_sums + at, mask=keep, other=0.0)
+        through = tl.load(state_sums + state_stride + at, mask=keep, other=0.0)
     da = tl.cumsum(rows - columns, 1, reverse=not REVERSE) - rows
     if HAS_STATES:
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
@@ -99,11 +99,11 @@ def _step_grads_kernel(
         rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
         rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
     f = _direction(
-        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, products, at, at_chunk, keep, rate,
+        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, state_stride, products, at, at_chunk, keep, rate,
         h, H, place, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
     )  # fmt: skip
     b = _direction(
-        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + state_stride, products + product_stride,
+        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + 2 * state_stride, state_stride, products + product_stride,
         at, at_chunk, keep, rate, h, H, place, stride_bl, stride_bh, True, HAS_STATES, SMALLEST,
     )  # fmt: skip
     tl.store(dA + pid * H + h, f + b, mask=h < H)
