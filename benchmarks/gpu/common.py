@@ -52,14 +52,14 @@ def error(a: Tensor, exact: Tensor) -> float:
 
 
 CASES = [
-    dict(batch=2, length=300),
-    dict(batch=1, length=1, heads=2),
-    dict(batch=3, length=129, heads=4, groups=2, width=32, state=16),
-    dict(batch=1, length=257, heads=2, width=128, state=64),
-    dict(batch=1, length=200, heads=2, width=16, state=128, documents=True),
-    dict(batch=2, length=300, strong=100.0),
-    dict(batch=2, length=300, documents=True),
-    dict(batch=4, length=2048),
+    {"batch": 2, "length": 300},
+    {"batch": 1, "length": 1, "heads": 2},
+    {"batch": 3, "length": 129, "heads": 4, "groups": 2, "width": 32, "state": 16},
+    {"batch": 1, "length": 257, "heads": 2, "width": 128, "state": 64},
+    {"batch": 1, "length": 200, "heads": 2, "width": 16, "state": 128, "documents": True},
+    {"batch": 2, "length": 300, "strong": 100.0},
+    {"batch": 2, "length": 300, "documents": True},
+    {"batch": 4, "length": 2048},
 ]
 
 

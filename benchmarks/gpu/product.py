@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,13 @@ from hydra_ssm.ops.triton.step_grads import step_grads
 from hydra_ssm.ops.triton.value_grads import TileSums, ValueGradsConfig, value_grads
 
 VARIANTS: dict[str, list] = {
-    "states": [(128, StatesConfig(1, False, 4, 2)), (128, StatesConfig(1, False, 4, 3)), (128, StatesConfig(1, True, 4))]
-    + [(64, StatesConfig(1, False, 4, 3)), (64, StatesConfig(1, True, 4))],
+    "states": [
+        (128, StatesConfig(1, False, 4, 2)),
+        (128, StatesConfig(1, False, 4, 3)),
+        (128, StatesConfig(1, True, 4)),
+        (64, StatesConfig(1, False, 4, 3)),
+        (64, StatesConfig(1, True, 4)),
+    ],
     "output": [(128, OutputConfig(24, 128, False, 8, 4)), (64, OutputConfig(8, 64, True, 4, 3))],
     "value": [(64, ValueGradsConfig(24, False, 4, 2)), (128, ValueGradsConfig(24, True, 4, 2))],
     "feature": [(Q, FeatureGradsConfig(64, 4, stages)) for Q in (64, 128) for stages in (2, 3, 4)]
@@ -113,6 +119,16 @@ def warm(job: int, jobs: int) -> None:
     torch.cuda.synchronize()
 
 
+def planned(lines: list) -> None:
+    """Forward and backward as the plan has them, on all shapes."""
+    for batch, length in SHAPES:
+        case, name = Case(batch, length), f"{batch}x{length}"
+        forward = partial(quasiseparable_forward, *case.args)
+        backward = partial(quasiseparable_backward, case.dy, *case.args)
+        lines.append(("planned forward", name, 0, None, measured(forward)))
+        lines.append(("planned backward", name, 0, None, measured(backward)))
+
+
 def sweep(lines: list, best: dict) -> None:
     """Every variant on one shape, the best ones on all; appends (kind, shape, Q, config, time)."""
     reference = Case(16, 2048)
@@ -125,17 +141,13 @@ def sweep(lines: list, best: dict) -> None:
     for kind, some in VARIANTS.items():
         for Q, config in some:
             lines.append((kind, "16x2048", Q, config, measured(reference.call(kind, Q, config))))
-    for kind, some in VARIANTS.items():
+    for kind in VARIANTS:
         for Q in (64, 128):
             timed = [x for x in lines if x[0] == kind and x[2] == Q and isinstance(x[4], float)]
             if timed:
                 best[kind, Q] = sorted(timed, key=lambda x: x[4])[0][3]
     for batch, length in SHAPES:
         case, name = Case(batch, length), f"{batch}x{length}"
-        lines.append(("planned forward", name, 0, None, measured(lambda: quasiseparable_forward(*case.args))))
-        lines.append(
-            ("planned backward", name, 0, None, measured(lambda: quasiseparable_backward(case.dy, *case.args)))
-        )
         for Q in (128, 64):
             lines.append(("decay", name, Q, None, measured(case.call("decay", Q, None))))
             lines.append(("step", name, Q, None, measured(case.call("step", Q, None))))
@@ -152,8 +164,10 @@ def sweep(lines: list, best: dict) -> None:
                 states = sorted(timed, key=lambda x: x[4])[0][3]
             how = Plan(Q, "ieee", states, best["output", Q], best["value", Q], best["feature", Q])
             args = case.args
-            lines.append(("forward", name, Q, how, measured(lambda: quasiseparable_forward(*args, how=how))))
-            lines.append(("backward", name, Q, how, measured(lambda: quasiseparable_backward(case.dy, *args, how=how))))
+            lines.append(("forward", name, Q, how, measured(partial(quasiseparable_forward, *args, how=how))))
+            lines.append(
+                ("backward", name, Q, how, measured(partial(quasiseparable_backward, case.dy, *args, how=how)))
+            )
 
 
 def main() -> None:
@@ -161,13 +175,14 @@ def main() -> None:
     parser.add_argument("--out", default=".")
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--cases", type=int, default=100, help="accuracy cases, counted from the last")
+    parser.add_argument("--planned", action="store_true", help="time only what the plan chooses")
     parser.add_argument("--warm", type=int, default=None)
     given = parser.parse_args()
     if given.warm is not None:
         return warm(given.warm, given.jobs)
     begin = time.time()
     here = [sys.executable, __file__, "--jobs", str(given.jobs), "--warm"]
-    for worker in [subprocess.Popen([*here, str(k)]) for k in range(given.jobs)]:
+    for worker in [subprocess.Popen([*here, str(k)]) for k in range(0 if given.planned else given.jobs)]:
         worker.wait()
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)
     report: dict = {"machine": machine()}
@@ -177,7 +192,9 @@ def main() -> None:
     lines: list = []
     best: dict = {}
     try:
-        sweep(lines, best)
+        planned(lines)
+        if not given.planned:
+            sweep(lines, best)
     finally:
         report["times"] = [(*x[:3], str(x[3]), x[4]) for x in lines]
         Path(given.out, "product.json").write_text(json.dumps(report, indent=1))

@@ -1,5 +1,5 @@
 """Triton kernels: imported only where they are used."""
 
-from .product import quasiseparable_forward
+from .product import quasiseparable_backward, quasiseparable_forward
 
-__all__ = ["quasiseparable_forward"]
+__all__ = ["quasiseparable_backward", "quasiseparable_forward"]

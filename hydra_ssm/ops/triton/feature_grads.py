@@ -234,14 +234,16 @@ def _feature_grads_kernel(
     elif kind == 2:
         _half(
             dy, C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids,
-            states + at + state_stride, adjoint + at + state_stride, dfeatures, sums + sums_stride * 2, products + product_stride, dC_b + out,
+            states + at + state_stride, adjoint + at + state_stride, dfeatures, sums + sums_stride * 2,
+            products + product_stride, dC_b + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_yl, stride_yh, stride_Cbl,
             1, 1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _half(
             x, B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids,
-            adjoint + at + state_stride, states + at + state_stride, dfeatures, sums + sums_stride * 3, products + product_stride, dB_b + out,
+            adjoint + at + state_stride, states + at + state_stride, dfeatures, sums + sums_stride * 3,
+            products + product_stride, dB_b + out,
             L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_xl, stride_xh, stride_Bbl,
             1, 0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
         )  # fmt: skip

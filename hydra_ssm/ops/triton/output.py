@@ -176,7 +176,8 @@ def chunk_outputs(
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if states is None else states, y, L, H, chunks, H // G, 0 if states is None else states.stride(0), *strides,
         HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
-        HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision, STAGES=config.stages,
+        HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P,
+        PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
     return y

@@ -28,21 +28,22 @@ class Plan:
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     """The plan for x (B, L, H, P) and B (B, L, G, N), as measured on an H100 (benchmarks/gpu/notes.md).
 
-    The backward pass goes with shorter chunks, for its registers, but where one chunk of 128 spares it all states.
+    The backward pass goes with shorter chunks, for its registers, but where one chunk of 128 spares it all states
+    or heads are so few that states are joined by a scan.
     """
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
     heads = H // G
     if x.dtype == torch.float32 or max(N, P) > 64:
         chunk, warps, output = 32, 4, OutputConfig(heads, 32, False, 4, 2)
-    elif not backward or L <= 128:
+    elif not backward or L <= 128 or batch * H < 64:
         chunk, warps, output = 128, 4, OutputConfig(heads, 128, False, 8, 4)
     else:
         chunk, warps, output = 64, 4, OutputConfig(heads, 64, True, 4, 3)
     return Plan(
         chunk=chunk,
-        states=StatesConfig(local=batch * H < 64, warps=warps, stages=2 if L <= 512 else 3),
+        states=StatesConfig(local=batch * H < 64, warps=warps, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
         value_grads=ValueGradsConfig(heads, chunk == 128, 4, 2),
-        feature_grads=FeatureGradsConfig(min(chunk, 64), 4, 3),
+        feature_grads=FeatureGradsConfig(chunk, 8, 3) if chunk == 128 else FeatureGradsConfig(chunk, 4, 4),
     )

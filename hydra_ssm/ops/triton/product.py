@@ -47,10 +47,9 @@ def quasiseparable_backward(
         adjoint = chunk_states(C_f, C_b, dy, decays, ids, Q, how.states, precision, adjoint=True)
     features = (B_f, C_f, B_b, C_b)
     dx, tiles = value_grads(x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision)
-    grads, state_sums, products = feature_grads(
+    grads, sums, chunk_products = feature_grads(
         x, dy, features, decays, ids, states, adjoint, tiles, Q, how.feature_grads, precision
     )
-    if states is None:
-        state_sums = products = None
+    state_sums, products = (None, None) if states is None else (sums, chunk_products)
     ddt_f, ddt_b, dA, ddiagonal = step_grads(dt_f, dt_b, A, diagonal, tiles, state_sums, products, Q)
     return dx, ddt_f, ddt_b, dA, grads[0], grads[1], grads[2], grads[3], ddiagonal

@@ -16,7 +16,6 @@ from torch import Tensor
 from .decay import SMALLEST_STEP
 from .value_grads import TileSums
 
-
 BLOCK_HEADS = 8
 
 
@@ -30,7 +29,8 @@ def _two(pointer, at, keep):
 
 @triton.jit
 def _direction(
-    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, rate, h, H, place, stride_l, stride_h,
+    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, rate,
+    h, H, place, stride_l, stride_h,
     REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
@@ -99,11 +99,12 @@ def _step_grads_kernel(
         rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
         rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
     f = _direction(
-        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, state_stride, products, at, at_chunk, keep, rate,
-        h, H, place, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
+        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, state_stride, products, at, at_chunk,
+        keep, rate, h, H, place, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
     )  # fmt: skip
     b = _direction(
-        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + 2 * state_stride, state_stride, products + product_stride,
+        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + 2 * state_stride, state_stride,
+        products + product_stride,
         at, at_chunk, keep, rate, h, H, place, stride_bl, stride_bh, True, HAS_STATES, SMALLEST,
     )  # fmt: skip
     tl.store(dA + pid * H + h, f + b, mask=h < H)
