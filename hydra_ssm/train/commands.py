@@ -48,7 +48,7 @@ class Settings:
     """Share of the tokens that are hidden in training; evaluation hides 0.15."""
     save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
     """Steps between checkpoints."""
-    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
+    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fifth)")] = None
     """Steps between evaluations."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
     """Of the weights, the order of the rows and the masks."""

@@ -32,7 +32,7 @@ from .trainer import MaskedLMTrainer, arguments
 
 EVALUATION_RATE = 0.15
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
-DEFAULT_EXAMPLE = "The [MASK] statement is used for conditional execution."
+DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
 
 
 def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
@@ -101,7 +101,7 @@ class Run:
             if step < self.recipe.steps:
                 assert stop.received is not None
                 raise Stopped(step, self.recipe.steps, stop.received, self.folder.path)
-            score = trainer.score()
+        score = self._score(trainer.state.log_history)
         with quiet(), self.folder.finish() as part:
             trainer.net.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
@@ -109,6 +109,11 @@ class Run:
         if score.loss >= self.baseline.loss:
             warnings.warn("the model knows no more than word frequencies: it needs more text or steps", stacklevel=2)
         return score
+
+    def _score(self, history: list[dict[str, float]]) -> Score:
+        """Of the evaluation after the last step."""
+        last = next(entry for entry in reversed(history) if "eval_loss" in entry)
+        return Score(last["eval_loss"], last["eval_masked_accuracy"], self.baseline.tokens)
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
         recipe = self.recipe

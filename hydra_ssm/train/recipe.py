@@ -12,9 +12,9 @@ from .errors import UserError
 # A small text on a CPU: about three minutes on 2 cores. Other presets take the paper's numbers, the defaults below.
 SMALL = {
     "vocab_size": 2048,
-    "batch_size": 8,
-    "steps": 700,
-    "learning_rate": 4e-3,
+    "batch_size": 4,
+    "steps": 1200,
+    "learning_rate": 3e-3,
     "weight_decay": 0.01,
 }
 BY_PRESET: dict[str, dict[str, Any]] = {"hydra-tiny": SMALL, "bert-tiny": SMALL}
@@ -60,8 +60,8 @@ class Recipe:
     def of(cls, preset: str, **given: Any) -> Self:
         """The recipe of a preset, with what is given in place of its numbers."""
         settings = {**BY_PRESET.get(preset, {}), **given}
-        tenth = max(1, settings.get("steps", cls.steps) // 10)
-        return cls(preset, **{"save_every": tenth, "evaluate_every": tenth, **settings})
+        steps = settings.get("steps", cls.steps)
+        return cls(preset, **{"save_every": max(1, steps // 10), "evaluate_every": max(1, steps // 5), **settings})
 
     def __post_init__(self) -> None:
         least = {"length": 3, "vocab_size": 6, "seed": 0}  # [CLS], a token, [SEP]; five special tokens and another

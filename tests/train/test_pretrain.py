@@ -151,7 +151,7 @@ def test_the_report_has_the_numbers_of_the_run(finished: Path) -> None:
     model, baseline = metrics["model"], metrics["baseline"]
     assert model["loss"] < baseline["loss"] - 0.3
     assert model["tokens"] == baseline["tokens"] > 0
-    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [*range(6, 61, 6)]
+    assert [entry["step"] for entry in metrics["history"] if "eval_loss" in entry] == [*range(12, 61, 12)]
     last = next(entry for entry in reversed(metrics["history"]) if "loss" in entry)
     assert 0 < last["masked_accuracy"] < 1
     assert last["tokens_per_second"] > 0
@@ -226,7 +226,7 @@ def test_without_arguments_a_model_is_trained_on_what_python_carries(
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--steps", "5", "--evaluate-every", "5", "--save-every", "5"]) == 0
     out = capsys.readouterr().out
-    assert "next: hydra-ssm fill-mask runs/hydra-tiny 'The [MASK] statement is used for conditional execution.'" in out
+    assert "next: hydra-ssm fill-mask runs/hydra-tiny 'This method [MASK] called when the object is created.'" in out
     metrics = json.loads(Path("runs/hydra-tiny/metrics.json").read_text(encoding="utf-8"))
     assert metrics["training_tokens"] > 80_000
     assert metrics["fill"] > 0.99
