@@ -13,7 +13,7 @@ from .errors import UserError
 SMALL = {
     "vocab_size": 2048,
     "batch_size": 4,
-    "steps": 1200,
+    "steps": 1000,
     "learning_rate": 3e-3,
     "weight_decay": 0.01,
 }

@@ -19,7 +19,7 @@ tags: [hydra-ssm, masked-lm]
 
 # {preset}, pretrained on {data}
 
-A bidirectional state space encoder that predicts hidden words, trained with `hydra-ssm pretrain`.
+A bidirectional text encoder that predicts hidden words, trained with `hydra-ssm pretrain`.
 
 | on held-out text | loss (nats) | perplexity | masked accuracy |
 |---|---|---|---|
