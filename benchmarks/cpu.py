@@ -10,6 +10,7 @@ memory linear; faster than attention from L = 4096 on.
 import argparse
 import gc
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--longest", type=int, default=65536, help="longest sequence (default: %(default)s)")
+    parser.add_argument("--part", help="measure this again: recurrence, length, attention or packing")
     parser.add_argument("--threads", type=int, help="of torch; 1 on a machine that is busy with other work")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)  # in a process of its own: see `memory`
     arguments = parser.parse_args()
@@ -41,8 +43,11 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    results = {"machine": machine(), "recurrence": recurrence(), "length": lengths(arguments.longest)}
-    results |= {"attention": attention(), "packing": packing()}
+    parts = {"recurrence": recurrence, "length": lambda: lengths(arguments.longest)}
+    parts |= {"attention": attention, "packing": packing}
+    known = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.part and arguments.json else {}
+    where = machine()
+    results = known | {n: part() | {"machine": where} for n, part in parts.items() if arguments.part in (None, n)}
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -223,7 +228,7 @@ def machine() -> dict[str, str | int]:
     found: dict[str, str | int] = {
         "cpu": names[0].partition(": ")[2] if names else platform.processor(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "date": date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"), "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     return found
