@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command()
+    except BrokenPipeError:  # as when `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except BaseException as error:
         code = _exit_code(error)
         if code is None or os.environ.get("HYDRA_SSM_TRACEBACK"):
