@@ -54,18 +54,10 @@ def main() -> None:
 
 
 def recurrence(length: int = 4096) -> dict:
-    """The chunked product against one step a token, forward and backward; steps so small do best on one thread."""
+    """The chunked product against one step a token, forward and backward."""
     x, triangles = product_inputs(length)
-
-    def one_thread() -> list[torch.Tensor]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return differentiate(x, triangles, "recurrent")
-        finally:
-            torch.set_num_threads(threads)
-
-    run = {"chunked": lambda: differentiate(x, triangles, "chunked"), "recurrence": one_thread}
+    forms = {"chunked": "chunked", "recurrence": "recurrent"}
+    run = {name: lambda impl=impl: differentiate(x, triangles, impl) for name, impl in forms.items()}
     check("chunked product and its gradients", run["chunked"](), run["recurrence"]())
     seconds = interleaved(run, repeats=3)
     ratio = seconds["recurrence"] / seconds["chunked"]
