@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train a small Hydra encoder on the CPU (about 3 minutes), then fill a mask and embed a file with it
 	$(BIN)/hydra-ssm pretrain --out $(RUN) --overwrite
-	$(BIN)/hydra-ssm fill-mask $(RUN) 'The [MASK] statement is used for conditional execution.'
+	$(BIN)/hydra-ssm fill-mask $(RUN) 'This method [MASK] called when the object is created.'
 	$(BIN)/hydra-ssm embed $(RUN) README.md
 
 test: $(STAMP)  ## run the tests in two processes; ARGS='-k name' goes to pytest
