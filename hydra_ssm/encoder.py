@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .matrices import MATRICES
-from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention
+from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention, check_input
 from .ops import Documents, per_document
 
 MixerSpec = str | Mapping[str, Any]
@@ -65,9 +65,9 @@ class EncoderLayer(nn.Module):
     def forward(self, h: Tensor, documents: Documents | None = None) -> Tensor:
         """One layer on h (B, L, d_model) in one of the forms of `Documents`."""
         if self.pre:
-            h = h + self.dropout(self.mixer.mix(self.norm(h), documents))
+            h = h + self.dropout(self.mixer(self.norm(h), documents=documents))
             return h if self.feed_forward is None else h + self.feed_forward(self.feed_forward_norm(h))
-        h = self.norm(h + self.dropout(self.mixer.mix(h, documents)))
+        h = self.norm(h + self.dropout(self.mixer(h, documents=documents)))
         return h if self.feed_forward is None else self.feed_forward_norm(h + self.feed_forward(h))
 
 
@@ -100,6 +100,7 @@ class Encoder(nn.Module):
             raise TypeError(f"an encoder has no option {', '.join(sorted(unknown))}")
         if norm not in ("post", "pre"):
             raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+        self.d_model = d_model
         self.layers = nn.ModuleList(
             EncoderLayer(make_mixer(spec, d_model, options), d_ff=d_ff, norm=norm, dropout=dropout, eps=eps)
             for spec in mixers
@@ -114,9 +115,7 @@ class Encoder(nn.Module):
 
         every_layer: return the input and what each layer gives, (B, L, layers + 1, d_model).
         """
-        first = self.layers[0].mixer
-        assert isinstance(first, MatrixMixer)
-        first.check_input(h)
+        check_input(h, self.d_model)
 
         def stack(h: Tensor, documents: Documents | None) -> Tensor:
             states = [h]

@@ -119,26 +119,37 @@ class MatrixMixer(nn.Module):
         """Names of parameters that weight decay would move towards no meaning: log-decays, steps, skips."""
         return {name for name in self.own if name in FLOAT32}
 
-    def forward(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Mix u (B, L, d_model) along L.
 
         Args:
             mask: (B, L) bool, True for tokens, at any place. Padding has no influence and comes out as zero.
             cu_seqlens: (documents + 1,) offsets of documents packed in one row, B = 1. None reads another.
+            documents: instead of both, where u is already in one of the forms of `Documents`, as a stack keeps it.
         """
-        self.check_input(u)
-        return per_document(self.mix, u, mask, cu_seqlens)
+        check_input(u, self.d_model)
+        if documents is None:
+            return per_document(self._mix, u, mask, cu_seqlens)
+        if mask is not None or cu_seqlens is not None:
+            raise ValueError("documents must come without mask and cu_seqlens: they say the same")
+        return self._mix(u, documents)
 
     def matrix(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> StructuredMatrix:
         """The matrix that `forward` mixes u with: `.dense()` is (B, H, L, L), differentiable."""
-        self.check_input(u)
+        check_input(u, self.d_model)
         place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
         if place is None:
             return self._matrix(self._project(u, None)[1])
         return Placed(None, (self._matrix(self._project(place.take(u), place.documents)[1]),), (place,))
 
-    def mix(self, u: Tensor, documents: Documents | None) -> Tensor:
-        """`forward` on a batch that is already in one of the forms of `Documents`, as a stack of layers keeps it."""
+    def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
         z, inputs = self._project(u, documents)
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
@@ -201,15 +212,6 @@ class MatrixMixer(nn.Module):
                 features[f.name] = table[: x.shape[1]].expand(x.shape[0], -1, *f.shape)
         return features
 
-    def check_input(self, u: Tensor) -> None:
-        """Raise ValueError or TypeError if u is not (B, L, d_model) of floating point numbers."""
-        if u.ndim != 3 or u.shape[2] != self.d_model or 0 in u.shape:
-            raise ValueError(
-                f"u must be (batch, length, d_model = {self.d_model}), none of them 0, got {tuple(u.shape)}"
-            )
-        if not u.is_floating_point():
-            raise TypeError(f"u must be floating point, got {u.dtype}")
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatrixMixer:
         kept = {name: p.detach() for name, p in self.named_parameters(recurse=False) if name in FLOAT32}
         super()._apply(fn, recurse)
@@ -261,6 +263,14 @@ class _Weight(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+
+def check_input(u: Tensor, d_model: int) -> None:
+    """Raise ValueError or TypeError if u is not (B, L, d_model) of floating point numbers."""
+    if u.ndim != 3 or u.shape[2] != d_model or 0 in u.shape:
+        raise ValueError(f"u must be (batch, length, d_model = {d_model}), none of them 0, got {tuple(u.shape)}")
+    if not u.is_floating_point():
+        raise TypeError(f"u must be floating point, got {u.dtype}")
 
 
 def _taken(inputs: Inputs, layout: Layout) -> Inputs:

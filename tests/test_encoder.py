@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hydra_ssm import Encoder, MatrixMixer, SelfAttention
+from hydra_ssm.ops import layout
 
 SMALL = {"d_state": 4, "headdim": 8}
 HYBRID = ["hydra", "attention", "low_rank", {"matrix": "attention", "d_conv": 3}, {"matrix": "dft", "max_length": 50}]
@@ -79,3 +80,26 @@ def test_dropout_and_eps_reach_every_layer():
     assert torch.equal(encoder.eval()(h), encoder(h))
     assert encoder(h).abs().max() < 1e-2
     assert {m.p for m in encoder.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+
+
+def test_what_hooks_or_wraps_a_mixer_sees_each_batch():
+    encoder = Encoder(16, ["hydra", "attention"], **SMALL)
+    h, mask, offsets = torch.randn(1, 9, 16), torch.rand(1, 9) > 0.3, torch.tensor([0, 4, 9])
+    plain, seen = encoder(h, mask, offsets), []
+    for layer in encoder.layers:
+        layer.mixer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(encoder(h, mask, offsets), plain)
+    assert len(seen) == 2
+    encoder.layers[0].mixer = torch.compile(encoder.layers[0].mixer, backend="eager")
+    torch.testing.assert_close(encoder(h, mask, offsets), plain)
+    encoder(h)
+    assert len(seen) > 4
+
+
+def test_documents_are_told_once():
+    mixer = Encoder(16, ["hydra"], **SMALL).layers[0].mixer
+    h, mask = torch.randn(2, 9, 16), torch.arange(9) < torch.tensor([[7], [9]])
+    documents = layout((2, 9), mask, None).documents
+    torch.testing.assert_close(mixer(h, documents=documents)[mask], mixer(h, mask)[mask])
+    with pytest.raises(ValueError, match="documents must come without mask and cu_seqlens"):
+        mixer(h, mask, documents=documents)

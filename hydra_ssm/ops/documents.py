@@ -48,6 +48,11 @@ class Documents:
         """Tokens of each document. The one fact that has to leave the device, so it is asked for at need, and once."""
         return tuple((self.valid.sum(1) if self.cu_seqlens is None else self.cu_seqlens.diff()).tolist())
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Documents:
+        """The same on another device: where a model's layers are spread over several, whoever spreads them asks."""
+        offsets = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return Documents(self.ids.to(device, non_blocking=non_blocking), offsets)
+
     def zero_padding(self, t: Tensor) -> Tensor:
         """`t` (B, L, ...) with zeros, which no gradient passes, where there is no token."""
         valid = self.valid.reshape(self.valid.shape + (1,) * (t.ndim - 2))
