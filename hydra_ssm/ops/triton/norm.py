@@ -1,0 +1,143 @@
+"""The gated RMS norm on a GPU: one read of each operand, forward and backward.
+
+    out = y rstd w SiLU(z),   rstd = (mean y^2 + eps)^(-1/2)
+
+With n = y rstd, s = sigmoid(z) and g the gradient of out:
+
+    dw = sum g n z s      dz = g n w s (1 + z (1 - s))      dy = rstd (d - n mean(d n)),  d = g w z s
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 16384
+MOST_WARPS = 16
+
+
+@triton.jit
+def _rows_of(tile, rows, L, stride_b, stride_l, ROWS: tl.constexpr, D: tl.constexpr):
+    """Of a tile's rows, each (ROWS, 1): number, whether it exists, its place where packed and in a strided view."""
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    batch, place = (row // L).to(tl.int64), (row % L).to(tl.int64)
+    return row, row < rows, row.to(tl.int64) * D, batch * stride_b + place * stride_l
+
+
+@triton.jit(do_not_specialize=["rows", "L"])
+def _norm_forward_kernel(
+    y, z, weight, out, rstd, rows, L, stride_b, stride_l, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row, exists, packed, strided = _rows_of(tile, rows, L, stride_b, stride_l, ROWS, D)
+        keep = exists & (c < D)
+        values = tl.load(y + packed + c, mask=keep, other=0.0).to(tl.float32)
+        gate = tl.load(z + strided + c, mask=keep, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / D + eps)
+        tl.store(rstd + row, scale, mask=exists)
+        normed = values * scale * w * gate * tl.sigmoid(gate)
+        tl.store(out + packed + c, normed.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["rows", "L"])
+def _norm_backward_kernel(
+    dout, y, z, weight, rstd, dy, dz, dweight, rows, L, stride_b, stride_l, stride_db, stride_dl,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    # In place, a tile is read before it is written: every element belongs to one thread, as tiles have more of them
+    # than a program has threads, and no other tile shares it.
+    c = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row, exists, packed, strided = _rows_of(tile, rows, L, stride_b, stride_l, ROWS, D)
+        _, _, _, to = _rows_of(tile, rows, L, stride_db, stride_dl, ROWS, D)
+        keep = exists & (c < D)
+        grad = tl.load(dout + packed + c, mask=keep, other=0.0).to(tl.float32)
+        gate = tl.load(z + strided + c, mask=keep, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row, mask=exists, other=0.0)
+        n = tl.load(y + packed + c, mask=keep, other=0.0).to(tl.float32) * scale
+        s = tl.sigmoid(gate)
+        d = grad * gate * s
+        dw += d * n
+        d *= w
+        dgate = grad * n * w * s * (1.0 + gate * (1.0 - s))
+        dvalues = scale * (d - n * (tl.sum(d * n, 1, keep_dims=True) / D))
+        tl.store(dz + to + c, dgate.to(dz.dtype.element_ty), mask=keep)
+        tl.store(dy + packed + c, dvalues.to(dy.dtype.element_ty), mask=keep)
+    c = tl.arange(0, BLOCK)
+    tl.store(dweight + tl.program_id(0).to(tl.int64) * D + c, tl.sum(dw, 0), mask=c < D)
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Elements of a tile of whole rows (one row where it is wider), programs that share the tiles, warps, stages."""
+
+    elements: int = 2048
+    programs: int = 1 << 30  # no more than there are tiles
+    warps: int = 4
+    stages: int = 1
+
+    def launch(self, rows: int, D: int) -> tuple[int, dict[str, int]]:
+        """The grid and the kernel's constants for rows of D."""
+        block = triton.next_power_of_2(D)
+        per_tile = max(1, self.elements // block)
+        warps = min(MOST_WARPS, max(1, per_tile * block // self.elements) * self.warps)
+        constants = {"D": D, "BLOCK": block, "ROWS": per_tile, "STAGES": self.stages, "num_warps": warps}
+        return min(self.programs, triton.cdiv(rows, per_tile)), constants
+
+
+FORWARD = NormConfig()
+BACKWARD = NormConfig(programs=528)
+
+
+def norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, how: NormConfig = FORWARD) -> tuple[Tensor, Tensor]:
+    """(out, rstd): out (B, L, D) in y's dtype, rstd (B, L) float32.
+
+    y (B, L, D) is contiguous, z (B, L, D) may be a strided view with unit last stride, weight is (D,) of any dtype.
+    """
+    _check(y.shape, (y,), (z,))
+    batch, L, D = y.shape
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    rstd = torch.empty(batch, L, dtype=torch.float32, device=y.device)
+    grid, constants = how.launch(batch * L, D)
+    _norm_forward_kernel[(grid,)](y, z, weight, out, rstd, batch * L, L, *z.stride()[:2], eps, **constants)
+    return out, rstd
+
+
+def norm_backward(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dz: Tensor,
+    how: NormConfig = BACKWARD,
+) -> Tensor:  # fmt: skip
+    """Writes dy and dz (B, L, D), which may be y and z themselves; returns dweight (D,) in weight's dtype.
+
+    dout, y and dy are contiguous, z and dz strided views with unit last stride.
+    """
+    _check(y.shape, (dout, y, dy), (z, dz))
+    batch, L, D = y.shape
+    grid, constants = how.launch(batch * L, D)
+    dweight = torch.empty(grid, D, dtype=torch.float32, device=y.device)
+    _norm_backward_kernel[(grid,)](
+        dout, y, z, weight, rstd, dy, dz, dweight, batch * L, L, *z.stride()[:2], *dz.stride()[:2], **constants
+    )
+    return dweight.sum(0).to(weight.dtype)
+
+
+def _check(shape: torch.Size, packed: tuple[Tensor, ...], strided: tuple[Tensor, ...]) -> None:
+    if shape[-1] > WIDEST:
+        raise ValueError(f"rows of the gated norm must be at most {WIDEST} wide, got {shape[-1]}")
+    for t in (*packed, *strided):
+        if t.shape != shape:
+            raise ValueError(f"operands of the gated norm must be {tuple(shape)} as y, got {tuple(t.shape)}")
+    if not all(t.is_contiguous() for t in packed) or not all(t.stride(-1) == 1 for t in strided):
+        raise ValueError(
+            "y and gradients of it must be contiguous, z and its gradient along the last axis, got strides "
+            + ", ".join(str(t.stride()) for t in (*packed, *strided))
+        )
