@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .matrices import MATRICES, Inputs, Placed, Settings, StructuredMatrix
-from .ops import Documents, Layout, gated_rms_norm, layout, per_document, rows, short_conv
+from .ops import Documents, Layout, layout, per_document, rows
+from .parameters import GatedNorm, Parameters, ShortConv, read
 
 STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
 FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
@@ -60,7 +60,7 @@ class MatrixMixer(nn.Module):
         super().__init__()
         self.matrix_class = _matrix_class(matrix)
         self.data_dependent = _form(self.matrix_class, data_dependent)
-        self.d_model, self.d_inner, self.bare, self.norm_eps = d_model, int(expand * d_model), bare, norm_eps
+        self.d_model, self.d_inner, self.bare = d_model, int(expand * d_model), bare
         _check_sizes(d_model, self.d_inner, headdim, ngroups, d_state, d_conv, max_length)
         if unknown := state_options.keys() - STATE_OPTIONS:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
@@ -76,10 +76,10 @@ class MatrixMixer(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, sum(self.split), bias=bias, **factory)
         if not bare:
-            self.conv1d = nn.Conv1d(
+            self.conv1d = ShortConv(
                 convolved, convolved, d_conv, groups=convolved, padding=d_conv // 2, bias=conv_bias, **factory
             )
-            self.norm = _Weight(torch.ones(self.d_inner, **factory))
+            self.norm = GatedNorm(torch.ones(self.d_inner, **factory), norm_eps)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
         self._add_parameters(factory)
 
@@ -95,7 +95,7 @@ class MatrixMixer(nn.Module):
             module: nn.Module = self
             for part in path:
                 if not hasattr(module, part):
-                    module.add_module(part, nn.Module())
+                    module.add_module(part, Parameters())
                 module = getattr(module, part)
             dtype = factory["dtype"] or value.dtype  # what a default of torch made is in that default
             keep = leaf in FLOAT32 and dtype in (torch.float16, torch.bfloat16)
@@ -105,15 +105,20 @@ class MatrixMixer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the constructor does; for a module that was made on the meta device."""
-        drawn = self.matrix_class.parameters(self.settings)
-        for name in self.own:
-            parameter = self.get_parameter(name)
-            parameter.copy_(drawn[name]) if name in drawn else parameter.normal_()
+        for parameter, value in self.drawn():
+            parameter.copy_(value)
         for module in self.children():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
+
+    def drawn(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter that is of no torch layer, and a new value for it."""
+        drawn = self.matrix_class.parameters(self.settings)
+        for name in self.own:
+            parameter = self.get_parameter(name)
+            yield parameter, drawn[name] if name in drawn else torch.randn_like(parameter)
         if not self.bare:
-            self.norm.weight.fill_(1.0)
+            yield self.norm.weight, torch.ones_like(self.norm.weight)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would move towards no meaning: log-decays, steps, skips."""
@@ -154,7 +159,7 @@ class MatrixMixer(nn.Module):
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
             y = y + inputs.x if self.matrix_class.skip else y
-            return self.out_proj(gated_rms_norm(y.flatten(2), z, self.norm.weight, self.norm_eps))
+            return self.out_proj(self.norm(y.flatten(2), z))
         return self.out_proj(y.flatten(2))
 
     def _matrix(self, inputs: Inputs) -> StructuredMatrix:
@@ -178,7 +183,7 @@ class MatrixMixer(nn.Module):
         if not self.bare:
             if documents is not None:
                 convolved = documents.zero_padding(convolved)
-            convolved = short_conv(convolved, self.conv1d.weight, self.conv1d.bias, documents)
+            convolved = self.conv1d(convolved, documents)
         computed = [f for f in self.features if self.data_dependent]
         parts: list[Tensor] = []
         for (activated, sizes), run in zip(
@@ -188,8 +193,7 @@ class MatrixMixer(nn.Module):
         parts += rest.split([f.size for f in computed if not f.conv], dim=-1)
         x = parts[0].unflatten(-1, (self.settings.nheads, self.settings.headdim))
         features = {f.name: t.unflatten(-1, f.shape) for f, t in zip(computed, parts[1:], strict=True)}
-        # By attribute: under parametrizations, sharding or functional_call what stands there is no nn.Parameter.
-        parameters: dict[str, Tensor] = {name: attrgetter(name)(self) for name in self.own}
+        parameters = {name: read(self, name) for name in self.own}
         if not self.data_dependent:
             features = self._tables(x, parameters, documents)
         return z, Inputs(x, features, parameters, self.settings, documents)
@@ -255,14 +259,6 @@ class SelfAttention(MatrixMixer):
         super().__init__(
             d_model, "attention", d_state=headdim, headdim=headdim, expand=1, bare=True, bias=bias, **factory
         )
-
-
-class _Weight(nn.Module):
-    """A weight under its released name, for a norm whose arithmetic is in ops."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
 
 
 def check_input(u: Tensor, d_model: int) -> None:

@@ -182,7 +182,7 @@ def test_a_module_from_the_meta_device_can_be_drawn_anew():
 def test_the_step_floor_and_the_norm_epsilon_are_used():
     m = Hydra(16, dt_min=1e-6, dt_max=1e-5, dt_init_floor=1e-3, **SMALL)
     torch.testing.assert_close(torch.nn.functional.softplus(m.dt_bias), torch.full((4,), 1e-3), rtol=1e-3, atol=0)
-    m.norm_eps = 1e6
+    m.norm.eps = 1e6
     assert m(torch.randn(1, 9, 16)).abs().max() < 1e-2
 
 

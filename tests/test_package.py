@@ -22,6 +22,7 @@ LEVEL = {
     "helpers": 0,
     "ops": 1,
     "matrices": 2,
+    "parameters": 2,  # of a mixer: neither imports the other
     "mixer": 3,
     "released": 3,  # parameter names only: neither imports the other
     "encoder": 4,

@@ -56,20 +56,8 @@ class HydraPreTrainedModel(PreTrainedModel):
         ]
         super().initialize_weights()
         for mixer in mixers:
-            _init_mixer(mixer)
-
-
-def _init_mixer(mixer: MatrixMixer) -> None:
-    """What belongs to none of the mixer's linear layers, as MatrixMixer draws it; what a checkpoint filled stays."""
-    drawn = mixer.matrix_class.parameters(mixer.settings)
-    for name in mixer.own:
-        parameter = mixer.get_parameter(name)
-        if name in drawn:
-            init.copy_(parameter, drawn[name])
-        else:
-            init.normal_(parameter)
-    if not mixer.bare:
-        init.ones_(mixer.norm.weight)
+            for parameter, value in mixer.drawn():
+                init.copy_(parameter, value)  # but what a checkpoint filled
 
 
 class HydraEmbeddings(nn.Module):

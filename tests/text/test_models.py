@@ -443,3 +443,16 @@ def test_the_bare_model_is_what_automodel_gives(tmp_path: Path) -> None:
     assert not any(report.values())
     ids = words(1, 5)
     assert torch.equal(bare.eval()(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_layers_left_on_the_disk_are_fetched_for_their_turn(tmp_path: Path) -> None:
+    model = HydraForMaskedLM(tiny("hybrid")).eval()
+    model.save_pretrained(tmp_path)
+    places = {name: "cpu" for name, _ in model.named_children()} | {"model.encoder": "disk"}
+    places |= {"model.embeddings": places.pop("model")}
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk").eval()
+    assert all(p.is_meta for p in loaded.model.encoder.parameters())
+    ids, mask = words(2, 9), torch.tensor([[0] + [1] * 8, [1] * 6 + [0] * 3])
+    assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
+    ids = words(1, 9)
+    assert torch.equal(*(m(ids, cu_seqlens=torch.tensor([0, 4, 9])).logits for m in (loaded, model)))
