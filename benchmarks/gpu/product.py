@@ -20,7 +20,7 @@ from common import SHAPES, accuracy, gradient_accuracy, graph_time, inputs, mach
 
 import hydra_ssm.ops.triton.step_grads as step_grads_module
 from hydra_ssm.ops.triton import decay
-from hydra_ssm.ops.triton.decay import chunk_decays
+from hydra_ssm.ops.triton.decay import Steps, chunk_decays
 from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, feature_grads
 from hydra_ssm.ops.triton.output import OutputConfig, chunk_outputs
 from hydra_ssm.ops.triton.plan import Plan
@@ -57,7 +57,7 @@ class Case:
         if self.made[0] != Q:
             _, dt_f, dt_b, A, B_f, C_f, B_b, C_b, ids, d = self.args
             self.made = (0,)
-            decays = chunk_decays(dt_f, dt_b, A, d, Q, True)
+            decays = chunk_decays(Steps(dt_f, dt_b, A), ids, d, Q, True)
             S = T = None
             if self.x.shape[1] > Q:
                 S = chunk_states(B_f, B_b, self.x, decays, ids, Q, StatesConfig(), "ieee", False)
@@ -71,7 +71,7 @@ class Case:
         x, dy, ids, features = self.x, self.dy, self.ids, tuple(self.features)
         _, dt_f, dt_b, A, B_f, C_f, B_b, C_b, _, d = self.args
         if kind == "decay":
-            return lambda: chunk_decays(dt_f, dt_b, A, d, Q, True)
+            return lambda: chunk_decays(Steps(dt_f, dt_b, A), ids, d, Q, True)
         if kind == "states":
             return lambda: chunk_states(B_f, B_b, x, decays, ids, Q, config, "ieee", False)
         if kind == "adjoint":
@@ -91,7 +91,19 @@ class Case:
         sums = new(4, *shape)
         products = new(2, *decays.totals.shape[:3])
         has = S is not None
-        return lambda: step_grads(dt_f, dt_b, A, d, tiles, sums if has else None, products if has else None, Q)
+        steps = Steps(dt_f, dt_b, A)
+        return lambda: step_grads(steps, ids, d, tiles, sums if has else None, products if has else None, Q)
+
+
+def forward_product(x, dt_f, dt_b, A, *rest, how: Plan | None = None) -> torch.Tensor:
+    """The product with final steps."""
+    return quasiseparable_forward(x, Steps(dt_f, dt_b, A), *rest, how=how)[0]
+
+
+def backward_product(dy, x, dt_f, dt_b, A, *rest, how: Plan | None = None) -> list[torch.Tensor]:
+    """Its gradients, in the order of common.NAMES."""
+    grads = quasiseparable_backward(dy, x, Steps(dt_f, dt_b, A), *rest, how=how)
+    return [*grads[:4], *grads[5:]]
 
 
 def measured(f) -> float | str:
@@ -123,8 +135,8 @@ def planned(lines: list) -> None:
     """Forward and backward as the plan has them, on all shapes."""
     for batch, length in SHAPES:
         case, name = Case(batch, length), f"{batch}x{length}"
-        forward = partial(quasiseparable_forward, *case.args)
-        backward = partial(quasiseparable_backward, case.dy, *case.args)
+        forward = partial(forward_product, *case.args)
+        backward = partial(backward_product, case.dy, *case.args)
         lines.append(("planned forward", name, 0, None, measured(forward)))
         lines.append(("planned backward", name, 0, None, measured(backward)))
 
@@ -164,10 +176,8 @@ def sweep(lines: list, best: dict) -> None:
                 states = sorted(timed, key=lambda x: x[4])[0][3]
             how = Plan(Q, "ieee", states, best["output", Q], best["value", Q], best["feature", Q])
             args = case.args
-            lines.append(("forward", name, Q, how, measured(partial(quasiseparable_forward, *args, how=how))))
-            lines.append(
-                ("backward", name, Q, how, measured(partial(quasiseparable_backward, case.dy, *args, how=how)))
-            )
+            lines.append(("forward", name, Q, how, measured(partial(forward_product, *args, how=how))))
+            lines.append(("backward", name, Q, how, measured(partial(backward_product, case.dy, *args, how=how))))
 
 
 def main() -> None:
@@ -186,8 +196,8 @@ def main() -> None:
         worker.wait()
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)
     report: dict = {"machine": machine()}
-    report["accuracy"] = accuracy(quasiseparable_forward, given.cases)
-    report["gradients"] = gradient_accuracy(quasiseparable_backward, given.cases)
+    report["accuracy"] = accuracy(forward_product, given.cases)
+    report["gradients"] = gradient_accuracy(backward_product, given.cases)
     print(f"checked after {time.time() - begin:.0f} s", flush=True)
     lines: list = []
     best: dict = {}

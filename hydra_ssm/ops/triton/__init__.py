@@ -1,5 +1,6 @@
 """Triton kernels: imported only where they are used."""
 
-from .product import quasiseparable_backward, quasiseparable_forward
+from .decay import Steps
+from .product import Into, quasiseparable_backward, quasiseparable_forward
 
-__all__ = ["quasiseparable_backward", "quasiseparable_forward"]
+__all__ = ["Into", "Steps", "quasiseparable_backward", "quasiseparable_forward"]

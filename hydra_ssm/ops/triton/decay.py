@@ -7,6 +7,7 @@ of the column (folded); float32 keeps it apart, so that neighbours, whose decay 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 LOG2E = 1.4426950408889634
 BLOCK_HEADS = 8
 SMALLEST_STEP = 2.0**-100  # what dt = 0 counts as: it adds nothing, and gradients may divide by it
+STRONGEST = 152.0  # log2: 2 ** -152 is zero, and a larger one would cost the sums that pass it their digits
 
 
 @triton.jit
@@ -37,11 +39,39 @@ def load_steps(steps, i):
     return tl.split(tl.load(steps + i[:, None] * 2 + tl.arange(0, 2)[None, :]))
 
 
-@triton.jit(do_not_specialize=["L", "chunks"])
+@triton.jit
+def final_steps(raw, bias, low, high, exists, RAW: tl.constexpr):
+    """(dt, d dt / d raw) float32: softplus, clamped, 0 where there is no token; dt itself where it is not RAW."""
+    v = raw.to(tl.float32)
+    slope = tl.full(v.shape, 1.0, tl.float32)
+    if RAW:
+        # Comparisons with what may be NaN leave it in place.
+        v += bias
+        e = tl.exp(-tl.abs(v))
+        u = 1.0 + e
+        # log(1 + e), where 1 + e has lost digits of e: the quotient makes up for them.
+        slope = tl.where(v < 0.0, e, 1.0) / u
+        v = tl.where(v < 0.0, 0.0, v) + tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+        slope = tl.where(exists & (v >= low) & (v <= high), slope, 0.0)
+        v = tl.where(v < low, low, tl.where(v > high, high, v))
+        v = tl.where(exists, v, 0.0)
+    return v, slope
+
+
+@triton.jit
+def load_rates(A, h, H, RAW: tl.constexpr):
+    """A of the heads h, float32; A_log is given where it is RAW."""
+    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    return -tl.exp(rate) if RAW else rate
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
 def _decay_kernel(
     dt_f,
     dt_b,
     A,
+    bias,
+    ids,
     diagonal,
     decays,
     steps,
@@ -50,6 +80,9 @@ def _decay_kernel(
     L,
     H,
     chunks,
+    A_stride,
+    low,
+    high,
     stride_fb,
     stride_fl,
     stride_fh,
@@ -59,10 +92,13 @@ def _decay_kernel(
     stride_db,
     stride_dl,
     stride_dh,
+    RAW: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     FOLDED: tl.constexpr,
     LOG2: tl.constexpr,
     SMALLEST: tl.constexpr,
+    MOST: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -72,14 +108,23 @@ def _decay_kernel(
     i = tl.arange(0, Q)
     place = chunk * Q + i
     inside = (place < L)[:, None] & (h < H)[None, :]
-    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32) * LOG2
     head = batch * H + h
     f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
     b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
-    f = tl.maximum(f.to(tl.float32), SMALLEST)
-    b = tl.maximum(b.to(tl.float32), SMALLEST)
-    sum_f = tl.cumsum(f * rate[None, :], 0)
-    sum_b = tl.cumsum(b * rate[None, :], 0, reverse=True)
+    exists = inside
+    offset = 0.0
+    if RAW:
+        offset = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        if HAS_IDS:
+            exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[:, None]
+    f, _ = final_steps(f, offset, low, high, exists, RAW)
+    b, _ = final_steps(b, offset, low, high, exists, RAW)
+    f = tl.where(f < SMALLEST, SMALLEST, f)
+    b = tl.where(b < SMALLEST, SMALLEST, b)
+    a_f = f * (load_rates(A, h, H, RAW) * LOG2)[None, :]
+    a_b = b * (load_rates(A + A_stride, h, H, RAW) * LOG2)[None, :]
+    sum_f = tl.cumsum(tl.where(a_f < -MOST, -MOST, a_f), 0)
+    sum_b = tl.cumsum(tl.where(a_b < -MOST, -MOST, a_b), 0, reverse=True)
     # A row's sum stops at its neighbour; the gather keeps it the very number that the neighbour's column has.
     neighbour = tl.broadcast_to(tl.maximum(i - 1, 0)[:, None], (Q, BLOCK_H))
     row_f = tl.where(i[:, None] > 0, tl.gather(sum_f, neighbour, 0), 0.0)
@@ -109,6 +154,26 @@ def _decay_kernel(
 
 
 @dataclass(frozen=True)
+class Steps:
+    """dt and A of both directions, as the product takes them.
+
+    Without a bias they are final. With one they are raw: dt = clamp(softplus(raw + bias), *limits), zero where ids < 0,
+    and A holds A_log, A = -exp(A_log); the kernels find them in float32, again in the backward pass.
+    """
+
+    dt_f: Tensor  # (B, L, H), any strides
+    dt_b: Tensor
+    A: Tensor  # (H,), or (2, H): causal, anticausal
+    bias: Tensor | None = None  # (H,)
+    limits: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def A_stride(self) -> int:
+        """From the causal A to the anticausal one."""
+        return 0 if self.A.ndim == 1 else self.A.shape[1]
+
+
+@dataclass(frozen=True)
 class Decays:
     """Per chunk of Q tokens, float32: what the kernels read of dt, A and the diagonal."""
 
@@ -118,8 +183,11 @@ class Decays:
     diagonal: Tensor | None  # (B, H, L')
 
 
-def chunk_decays(dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, Q: int, folded: bool) -> Decays:
-    """The decays of dt (B, L, H) and A (H,), and the diagonal (B, L, H) beside them."""
+def chunk_decays(
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, Q: int, folded: bool,
+) -> Decays:  # fmt: skip
+    """The decays of the steps, and the diagonal (B, L, H) beside them; ids (B, L) matter to raw steps alone."""
+    dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
     chunks = triton.cdiv(L, Q)
 
@@ -127,13 +195,15 @@ def chunk_decays(dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None,
         return torch.empty(batch, H, *shape, dtype=torch.float32, device=dt_f.device)
 
     sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
-    steps = None if folded else empty(chunks * Q, 2)
+    apart = None if folded else empty(chunks * Q, 2)
     diagonals = None if diagonal is None else empty(chunks * Q)
     block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _decay_kernel[(batch * chunks, triton.cdiv(H, block))](
-        dt_f, dt_b, A, dt_f if diagonal is None else diagonal, sums, sums if steps is None else steps, totals,
-        sums if diagonals is None else diagonals, L, H, chunks, *dt_f.stride(), *dt_b.stride(),
-        *((0, 0, 0) if diagonal is None else diagonal.stride()), HAS_DIAGONAL=diagonal is not None, FOLDED=folded,
-        LOG2=LOG2E, SMALLEST=SMALLEST_STEP, Q=Q, BLOCK_H=block, num_warps=4,
+        dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
+        dt_f if diagonal is None else diagonal, sums, sums if apart is None else apart, totals,
+        sums if diagonals is None else diagonals, L, H, chunks, steps.A_stride, *steps.limits,
+        *dt_f.stride(), *dt_b.stride(), *((0, 0, 0) if diagonal is None else diagonal.stride()),
+        RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=diagonal is not None, FOLDED=folded,
+        LOG2=LOG2E, SMALLEST=SMALLEST_STEP, MOST=STRONGEST, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return Decays(sums, steps, totals, diagonals)
+    return Decays(sums, apart, totals, diagonals)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 import triton
 from torch import Tensor
 
-from .decay import chunk_decays
+from .decay import Decays, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
 from .plan import Plan, plan
@@ -15,41 +16,77 @@ from .step_grads import step_grads
 from .value_grads import value_grads
 
 
-def quasiseparable_forward(
-    x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor,
-    ids: Tensor | None = None, diagonal: Tensor | None = None, how: Plan | None = None,
-) -> Tensor:  # fmt: skip
-    """y (B, L, H, P) for x (B, L, H, P), dt (B, L, H), A (H,), B and C (B, L, G, N), ids (B, L), diagonal (B, L, H).
+@dataclass(frozen=True)
+class Into:
+    """Where the backward pass writes gradients instead of new tensors: views of any strides, the last one unit."""
 
-    The causal triangle has dt_f, B_f, C_f, the anticausal one the rest; both are strict (the paper's shift).
+    dx: Tensor | None = None  # (B, L, H, P)
+    ddt_f: Tensor | None = None  # (B, L, H), here the last stride is free as well
+    ddt_b: Tensor | None = None
+    dB_f: Tensor | None = None  # (B, L, G, N)
+    dC_f: Tensor | None = None
+    dB_b: Tensor | None = None
+    dC_b: Tensor | None = None
+
+
+def quasiseparable_forward(
+    x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
+    diagonal: Tensor | None = None, how: Plan | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(y, states): y (B, L, H, P) for x (B, L, H, P), B and C (B, L, G, N), ids (B, L), diagonal (B, L, H).
+
+    The causal triangle has dt_f, B_f, C_f, the anticausal one the rest; both are strict (the paper's shift). states
+    are what the backward pass may take, as (2, B, chunks, H, N, P), or None where one chunk holds everything.
     """
     how = plan(x, B_f) if how is None else how
-    Q = how.chunk
-    decays = chunk_decays(dt_f, dt_b, A, diagonal, Q, folded=x.dtype != torch.float32)
-    states = None
-    if triton.cdiv(x.shape[1], Q) > 1:
-        states = chunk_states(B_f, B_b, x, decays, ids, Q, how.states, how.precision, adjoint=False)
-    features = (B_f, C_f, B_b, C_b)
-    return chunk_outputs(x, features, decays, ids, states, Q, how.output, how.precision)
+    decays = _decays(x, steps, ids, diagonal, how)
+    states = _states(x, B_f, B_b, decays, ids, how)
+    y = chunk_outputs(x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision)
+    return y, states
 
 
 def quasiseparable_backward(
-    dy: Tensor, x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor,
-    ids: Tensor | None = None, diagonal: Tensor | None = None, how: Plan | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x, dt_f, dt_b, A, B_f, C_f, B_b, C_b and the diagonal; decays and states are computed again."""
+    dy: Tensor, x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
+    diagonal: Tensor | None = None, states: Tensor | None = None, how: Plan | None = None, into: Into | None = None,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None
+]:  # fmt: skip
+    """Gradients of x, dt_f, dt_b, A, bias, B_f, C_f, B_b, C_b and the diagonal.
+
+    Decays are computed again, and so are states where they are not given. Raw steps get the gradients of what is raw.
+    """
     how = plan(x, B_f, backward=True) if how is None else how
+    into = Into() if into is None else into
     Q, precision = how.chunk, how.precision
-    decays = chunk_decays(dt_f, dt_b, A, diagonal, Q, folded=x.dtype != torch.float32)
-    states = adjoint = None
-    if triton.cdiv(x.shape[1], Q) > 1:
-        states = chunk_states(B_f, B_b, x, decays, ids, Q, how.states, precision, adjoint=False)
-        adjoint = chunk_states(C_f, C_b, dy, decays, ids, Q, how.states, precision, adjoint=True)
+    decays = _decays(x, steps, ids, diagonal, how)
+    if states is None:
+        states = _states(x, B_f, B_b, decays, ids, how)
+    elif states.shape[2] != triton.cdiv(x.shape[1], Q):
+        raise ValueError(f"saved states must be of chunks of {Q} tokens, got {states.shape[2]} for {x.shape[1]} tokens")
+    adjoint = _states(dy, C_f, C_b, decays, ids, how, adjoint=True)
     features = (B_f, C_f, B_b, C_b)
     dx, tiles = value_grads(x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision)
     grads, sums, chunk_products = feature_grads(
         x, dy, features, decays, ids, states, adjoint, tiles, Q, how.feature_grads, precision
     )
     state_sums, products = (None, None) if states is None else (sums, chunk_products)
-    ddt_f, ddt_b, dA, ddiagonal = step_grads(dt_f, dt_b, A, diagonal, tiles, state_sums, products, Q)
-    return dx, ddt_f, ddt_b, dA, grads[0], grads[1], grads[2], grads[3], ddiagonal
+    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
+        steps, ids, diagonal, tiles, state_sums, products, Q, into.ddt_f, into.ddt_b
+    )
+    buffers = (into.dx, into.dB_f, into.dC_f, into.dB_b, into.dC_b)
+    dx, dB_f, dC_f, dB_b, dC_b = (
+        found if to is None else to.copy_(found) for found, to in zip((dx, *grads), buffers, strict=True)
+    )
+    return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
+
+
+def _decays(x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan) -> Decays:
+    return chunk_decays(steps, ids, diagonal, how.chunk, folded=x.dtype.itemsize == 2)
+
+
+def _states(
+    v: Tensor, u_f: Tensor, u_b: Tensor, decays: Decays, ids: Tensor | None, how: Plan, adjoint: bool = False
+) -> Tensor | None:
+    if triton.cdiv(v.shape[1], how.chunk) == 1:
+        return None
+    return chunk_states(u_f, u_b, v, decays, ids, how.chunk, how.states, how.precision, adjoint)

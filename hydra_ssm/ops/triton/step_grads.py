@@ -4,6 +4,8 @@ With R and Q the row and column sums of K within the chunk, Rst and Cst those th
 
     da_k = sum_{i > k} (R + Rst)_i - sum_{j >= k} Q_j + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
     ddt = (Q + Cst) / dt + A da      dA = sum dt da
+
+Raw steps: draw = ddt (d dt / d raw), dbias = sum draw, dA_log = A dA.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import SMALLEST_STEP
+from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
 from .value_grads import TileSums
 
 BLOCK_HEADS = 8
@@ -29,11 +31,11 @@ def _two(pointer, at, keep):
 
 @triton.jit
 def _direction(
-    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, rate,
-    h, H, place, stride_l, stride_h,
-    REVERSE: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr,
+    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, exists, rate, bias, low, high,
+    h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
+    REVERSE: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Writes ddt; returns sum dt da of each head. Tiles are (heads, tokens)."""
+    """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens)."""
     if HAS_STATES:
         rows += tl.load(state_sums + at, mask=keep, other=0.0)
         through = tl.load(state_sums + state_stride + at, mask=keep, other=0.0)
@@ -42,17 +44,23 @@ def _direction(
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
         da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
         columns += through
-    step = tl.load(dt + place[None, :] * stride_l + h[:, None] * stride_h, mask=keep, other=0.0).to(tl.float32)
-    grad = columns / tl.maximum(step, SMALLEST) + rate[:, None] * da
-    tl.store(ddt + place[None, :] * H + h[:, None], grad.to(ddt.dtype.element_ty), mask=keep)
-    return tl.sum(step * da, 1)
+    step = tl.load(dt + place[None, :] * stride_l + h[:, None] * stride_h, mask=keep, other=0.0)
+    step, slope = final_steps(step, bias, low, high, exists, RAW)
+    # Where nothing passes a token its da is zero; what the sums leave of it is rounding, and A may be large.
+    da = tl.where(step * rate[:, None] < -MOST, 0.0, da)
+    grad = (columns / tl.where(step < SMALLEST, SMALLEST, step) + rate[:, None] * da) * slope
+    to = ddt + place[None, :] * out_stride_l + h[:, None] * out_stride_h
+    tl.store(to, grad.to(ddt.dtype.element_ty), mask=keep)
+    return tl.sum(grad, 1), tl.sum(step * da, 1)
 
 
-@triton.jit(do_not_specialize=["L", "chunks"])
+@triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
 def _step_grads_kernel(
     dt_f,
     dt_b,
     A,
+    bias,
+    ids,
     row_sums,
     beside,
     column_sums,
@@ -61,11 +69,14 @@ def _step_grads_kernel(
     products,
     ddt_f,
     ddt_b,
-    dA,
+    sums,
     ddiagonal,
     L,
     H,
     chunks,
+    A_stride,
+    low,
+    high,
     state_stride,
     product_stride,
     stride_fb,
@@ -74,10 +85,19 @@ def _step_grads_kernel(
     stride_bb,
     stride_bl,
     stride_bh,
+    out_stride_fb,
+    out_stride_fl,
+    out_stride_fh,
+    out_stride_bb,
+    out_stride_bl,
+    out_stride_bh,
+    RAW: tl.constexpr,
+    HAS_IDS: tl.constexpr,
     PAIR: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     HAS_STATES: tl.constexpr,
     SMALLEST: tl.constexpr,
+    MOST: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -87,50 +107,73 @@ def _step_grads_kernel(
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, Q)
     place = chunk * Q + i
-    rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
+    rate_f = load_rates(A, h, H, RAW)
+    rate_b = load_rates(A + A_stride, h, H, RAW)
     at = (batch * H + h)[:, None] * (chunks * Q) + place[None, :]
     at_chunk = (batch * H + h) * chunks + chunk
-    out = batch * L * H
     keep = (h < H)[:, None] & (place < L)[None, :]
+    exists = keep
+    offset = 0.0
+    if RAW:
+        offset = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
+        if HAS_IDS:
+            exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[None, :]
     rows_f, rows_b = _two(row_sums, at, keep)
     columns_f, columns_b = _two(column_sums, at, keep)
     if PAIR:
         more = tl.load(beside + at, mask=keep, other=0.0)
         rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
         rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
-    f = _direction(
-        dt_f + batch * stride_fb, ddt_f + out, rows_f, columns_f, state_sums, state_stride, products, at, at_chunk,
-        keep, rate, h, H, place, stride_fl, stride_fh, False, HAS_STATES, SMALLEST,
+    raw_f, dA_f = _direction(
+        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, state_sums, state_stride, products,
+        at, at_chunk, keep, exists, rate_f, offset, low, high, h, H, place, stride_fl, stride_fh, out_stride_fl,
+        out_stride_fh, False, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
-    b = _direction(
-        dt_b + batch * stride_bb, ddt_b + out, rows_b, columns_b, state_sums + 2 * state_stride, state_stride,
-        products + product_stride,
-        at, at_chunk, keep, rate, h, H, place, stride_bl, stride_bh, True, HAS_STATES, SMALLEST,
+    raw_b, dA_b = _direction(
+        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, state_sums + 2 * state_stride,
+        state_stride, products + product_stride, at, at_chunk, keep, exists, rate_b, offset, low, high, h, H, place,
+        stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
-    tl.store(dA + pid * H + h, f + b, mask=h < H)
+    if RAW:
+        dA_f *= rate_f
+        dA_b *= rate_b
+    sums += pid * (3 * H) + h
+    tl.store(sums, dA_f, mask=h < H)
+    tl.store(sums + H, dA_b, mask=h < H)
+    tl.store(sums + 2 * H, raw_f + raw_b, mask=h < H)
     if HAS_DIAGONAL:
         d = tl.load(ddiagonals + at, mask=keep, other=0.0)
-        tl.store(ddiagonal + out + place[None, :] * H + h[:, None], d.to(ddiagonal.dtype.element_ty), mask=keep)
+        to = ddiagonal + batch * L * H + place[None, :] * H + h[:, None]
+        tl.store(to, d.to(ddiagonal.dtype.element_ty), mask=keep)
 
 
 def step_grads(
-    dt_f: Tensor, dt_b: Tensor, A: Tensor, diagonal: Tensor | None, tiles: TileSums, state_sums: Tensor | None,
-    products: Tensor | None, Q: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(ddt_f, ddt_b (B, L, H), dA (H,), d diagonal (B, L, H) or None), each in its tensor's dtype."""
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, state_sums: Tensor | None,
+    products: Tensor | None, Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.
+
+    ddt_f and ddt_b are written where given, in the dtype and with the strides that those have.
+    """
+    dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
     chunks = triton.cdiv(L, Q)
-    ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device)
-    ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device)
-    dA = torch.empty(batch * chunks, H, dtype=torch.float32, device=A.device)
+    ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device) if ddt_f is None else ddt_f
+    ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device) if ddt_b is None else ddt_b
+    sums = torch.empty(batch * chunks, 3, H, dtype=torch.float32, device=A.device)
     ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
     block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
-        dt_f, dt_b, A, tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
+        dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
+        tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
         tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,
-        tiles.rows if products is None else products, ddt_f, ddt_b, dA, dA if ddiagonal is None else ddiagonal, L, H,
-        chunks, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
-        *dt_f.stride(), *dt_b.stride(), PAIR=tiles.beside is not None, HAS_DIAGONAL=ddiagonal is not None,
-        HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, Q=Q, BLOCK_H=block, num_warps=4,
+        tiles.rows if products is None else products, ddt_f, ddt_b, sums, sums if ddiagonal is None else ddiagonal,
+        L, H, chunks, steps.A_stride, *steps.limits, 0 if state_sums is None else state_sums.stride(0),
+        0 if products is None else products.stride(0), *dt_f.stride(), *dt_b.stride(), *ddt_f.stride(),
+        *ddt_b.stride(), RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
+        HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
+        MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return ddt_f, ddt_b, dA.sum(0).to(A.dtype), ddiagonal
+    total = sums.sum(0)
+    dA = (total[:2] if A.ndim == 2 else total[0] + total[1]).to(A.dtype)
+    return ddt_f, ddt_b, dA, None if bias is None else total[2].to(bias.dtype), ddiagonal
