@@ -71,6 +71,7 @@ MISTAKES = {
     "pretrain text.txt --out foreign": "foreign must be new, empty or hold a run, it holds thesis.tex",
     "pretrain text.txt --out foreign --overwrite": "foreign must be new, empty or hold a run, it holds thesis.tex",
     "pretrain text.txt --out text.txt": "text.txt must be a folder, it is a file",
+    "pretrain text.txt --out run --overwrite --seed 99999999999": "seed must be at most 4294967295, got 99999999999",
     "pretrain empty.txt --out run --overwrite": "empty.txt must hold text, it is empty",
     "pretrain --out run --resume --steps 9": "steps is 2 in the run that goes on in run, got 9",
     "pretrain --out run --resume --overwrite": "--resume goes on with a run, --overwrite removes it: give one of them",

@@ -8,19 +8,24 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..text import HydraConfig, preset
+from ..text.collators import MaskedLMCollator
 from ..text.tokenizer import load_tokenizer, train_tokenizer
+from .baseline import unigram
 from .errors import UserError
 from .packing import PackedRows, pieces
 from .recipe import Recipe
+from .rows import EvaluationRows, TrainingRows
 from .sources import Corpus, open_corpus
+from .trainer import arguments
 
+EVALUATION_RATE = 0.15  # of the held-out tokens are hidden
 TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on; more of them change it little
 
 
 def prepare(recipe: Recipe, folder: Path) -> None:
     """Fill a new folder with recipe.json, config.json, tokenizer/, train/ and held_out/.
 
-    Raises UserError where the recipe, the text or the tokenizer is no good.
+    Raises UserError where the recipe, the text or the tokenizer is no good: all that a run reads is read once.
     """
     config = _config(recipe)
     corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
@@ -34,6 +39,22 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
+    arguments(recipe, folder)
+    Prepared(recipe, folder)
+
+
+class Prepared:
+    """What `prepare` wrote and what follows from it: all that a run of the recipe reads."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.config = HydraConfig.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / "tokenizer")
+        self.train_rows, self.held_out_rows = PackedRows(folder / "train"), PackedRows(folder / "held_out")
+        rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
+        self.training = rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)
+        self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
+        self.baseline = unigram(self.train_rows.tokens, *self.evaluation)
 
 
 def _config(recipe: Recipe) -> HydraConfig:

@@ -11,26 +11,21 @@ from typing import Any
 
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from ..text import HydraConfig, HydraForMaskedLM
-from ..text.collators import MaskedLMCollator
+from ..text import HydraForMaskedLM
 from ..text.messages import quiet
-from ..text.tokenizer import load_tokenizer
-from .baseline import Score, unigram
+from .baseline import Score
 from .checkpoints import newest_whole, remove_unfinished
 from .errors import Stopped, UserError
 from .folder import RunFolder
-from .packing import PackedRows
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .progress import EvaluateAtTheEnd, ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
-from .rows import EvaluationRows, TrainingRows
 from .trainer import MaskedLMTrainer, arguments
 
-EVALUATION_RATE = 0.15
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
 
@@ -83,11 +78,8 @@ class Run:
     def __init__(self, folder: RunFolder, console: Console) -> None:
         self.folder, self.console = folder, console
         self.recipe = folder.read_recipe()
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder.training / "tokenizer")
-        self.train_rows = PackedRows(folder.training / "train")
-        self.held_out_rows = PackedRows(folder.training / "held_out")
-        self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
-        self.baseline = unigram(self.train_rows.tokens, *self.evaluation)
+        self.data = Prepared(self.recipe, folder.training)
+        self.baseline = self.data.baseline
 
     def train(self) -> Score:
         """From the newest whole checkpoint, or the start, to the end."""
@@ -104,7 +96,7 @@ class Run:
         score = self._score(trainer.state.log_history)
         with quiet(), self.folder.finish() as part:
             trainer.net.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
+            self.data.tokenizer.save_pretrained(part)
             write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
         if score.loss >= self.baseline.loss:
             warnings.warn("the model knows no more than word frequencies: it needs more text or steps", stacklevel=2)
@@ -116,21 +108,19 @@ class Run:
         return Score(last["eval_loss"], last["eval_masked_accuracy"], self.baseline.tokens)
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
-        recipe = self.recipe
-        set_seed(recipe.seed)
-        model = HydraForMaskedLM(HydraConfig.from_pretrained(self.folder.training))
-        rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
+        set_seed(self.recipe.seed)
         return MaskedLMTrainer(
-            model,
-            arguments(recipe, self.folder.checkpoints),
-            (rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)),
-            self.evaluation,
-            processing_class=self.tokenizer,
+            HydraForMaskedLM(self.data.config),
+            arguments(self.recipe, self.folder.checkpoints),
+            self.data.training,
+            self.data.evaluation,
+            processing_class=self.data.tokenizer,
             callbacks=[*callbacks, EvaluateAtTheEnd(), TensorBoardCallback(SummaryWriter(self.folder.tensorboard))],
         )
 
     def _facts(self, trainer: MaskedLMTrainer, score: Score) -> dict[str, Any]:
-        recipe, tokens = self.recipe, len(self.train_rows.tokens)
+        recipe, data = self.recipe, self.data
+        tokens = len(data.train_rows.tokens)
         return {
             "data": ", ".join(recipe.sources) or DEFAULT_NAME,
             "model": score,
@@ -138,10 +128,10 @@ class Run:
             "model_perplexity": math.exp(score.loss),
             "baseline_perplexity": math.exp(self.baseline.loss),
             "training_tokens": tokens,
-            "held_out_tokens": len(self.held_out_rows.tokens),
-            "fill": tokens / (len(self.train_rows) * recipe.length),
-            "passes": recipe.steps * recipe.batch_size / len(self.train_rows),
-            "vocabulary": len(self.tokenizer),
+            "held_out_tokens": len(data.held_out_rows.tokens),
+            "fill": tokens / (len(data.train_rows) * recipe.length),
+            "passes": recipe.steps * recipe.batch_size / len(data.train_rows),
+            "vocabulary": len(data.tokenizer),
             "parameters": trainer.net.num_parameters(),
             "example": example(recipe),
         }

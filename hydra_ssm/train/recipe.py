@@ -17,6 +17,7 @@ SMALL = {
     "learning_rate": 3e-3,
     "weight_decay": 0.01,
 }
+MOST = 2**32 - 1  # of NumPy's seeds; no other number comes near
 BY_PRESET: dict[str, dict[str, Any]] = {"hydra-tiny": SMALL, "bert-tiny": SMALL}
 
 
@@ -69,6 +70,8 @@ class Recipe:
             value = getattr(self, field.name)
             if field.type == "int" and value < least.get(field.name, 1):
                 raise UserError(f"{field.name} must be at least {least.get(field.name, 1)}, got {value}")
+            if field.type == "int" and value > MOST:
+                raise UserError(f"{field.name} must be at most {MOST}, got {value}")
             if field.type == "float" and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{field.name} must be a finite number and not negative, got {value}")
         if not 0 < self.mask_rate <= 1:
