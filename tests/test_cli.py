@@ -81,7 +81,7 @@ MISTAKES = {
     "fill-mask run [MASK] --top 0": "--top must be at least 1, got 0",
     "fill-mask nowhere [MASK]": "nowhere must hold a model (config.json and model.safetensors), it does not",
     "fill-mask foreign [MASK]": "foreign must hold a model (config.json and model.safetensors), it does not",
-    "fill-mask no_model [MASK]": "no_model holds no model that can be read: ",
+    "fill-mask no_model [MASK]": "no_model holds no model that can be read: the model_type of config.json must be ",
     "embed run nowhere.txt": "cannot read nowhere.txt: No such file or directory",
     "embed run empty.txt": "empty.txt must hold text, it is empty",
     "embed run text.txt --out nowhere/x.npy": "No such file or directory: nowhere/x.npy",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .config import HydraConfig
 from .heads import HydraForMaskedLM
 from .messages import quiet
 from .tokenizer import load_tokenizer
 
+OF_HEADS = ("head.", "decoder.", "pooler.", "classifier.")  # begin the names of their weights
 TOKENS = 8192  # in a batch of texts to embed, padding included
 
 
@@ -28,7 +31,7 @@ class Filling(NamedTuple):
 class TextModel:
     """A model and its tokenizer from a folder that `save_pretrained` or `hydra-ssm pretrain` wrote.
 
-    Raises ValueError where the folder holds no such model.
+    Raises ValueError where the folder holds no such model, or weights that are not those of its configuration.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,15 +42,30 @@ class TextModel:
             )
             raise ValueError(f"{folder} must hold a model (config.json and model.safetensors), it does not{hint}")
         try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+            if kind != HydraConfig.model_type:
+                raise ValueError(f"the model_type of config.json must be {HydraConfig.model_type}, got {kind}")
             with quiet():
-                self.model = HydraForMaskedLM.from_pretrained(folder).eval()
+                self.model, report = HydraForMaskedLM.from_pretrained(
+                    folder, output_loading_info=True, ignore_mismatched_sizes=True
+                )
                 self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        except (OSError, ValueError, SafetensorError) as error:
+            _check_weights(report)
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no model that can be read: {str(error).splitlines()[0]}") from error
+        self.model.eval()
+        self.lacks_head = bool(report["missing_keys"])  # as the encoder of a classifier
 
     @torch.no_grad()
     def fill(self, text: str, top: int) -> list[list[Filling]]:
-        """For each [MASK] of the text the `top` likeliest words, best first. Raises ValueError where it has none."""
+        """For each [MASK] of the text the `top` likeliest words, best first.
+
+        Raises ValueError where the text has none, or the model no head that was trained to predict words.
+        """
+        if self.lacks_head:
+            raise ValueError(
+                "the model must be a masked language model, it has no weights of a head that predicts words"
+            )
         inputs = self.tokenizer([text], return_tensors="pt", **self._limit())
         masks = inputs["input_ids"] == self.tokenizer.mask_token_id
         if not masks.any():
@@ -80,6 +98,14 @@ class TextModel:
         """Texts are cut where the model has learned positions up to a maximum, and else not at all."""
         longest = self.model.config.max_position_embeddings
         return {"truncation": True, "max_length": longest} if longest > 0 else {}
+
+
+def _check_weights(report: Mapping[str, Iterable[Any]]) -> None:
+    """Raise ValueError unless a checkpoint holds the encoder of its configuration; heads may be missing or others."""
+    other = {name for name, *_ in report["mismatched_keys"]}
+    other |= {n for n in [*report["missing_keys"], *report["unexpected_keys"]] if not n.startswith(OF_HEADS)}
+    if other:
+        raise ValueError(f"its weights must be those of its config.json, {min(other)} is not, of {len(other)} in all")
 
 
 def paragraphs(text: str) -> list[str]:
