@@ -1,9 +1,9 @@
-"""Gradients of B and C through the states, added to the chunks' own part, and what dt and A need of the states.
+"""Gradients of B and C through the states, and what dt and A need of the states.
 
 Per direction, with S entering the chunk that is read and T its adjoint coming the other way:
 
-    dC = (the tiles' part) + sum_h 2^row dy S^T                       Rst_i = (2^row dy S^T)_i . C_i
-    dB = (the tiles' part) + sum_h dt 2^(total - column) x T^T        Cst_j = (dt 2^(total - column) x T^T)_j . B_j
+    dC = (the chunk's part) + sum_h 2^row dy S^T                       Rst_i = (2^row dy S^T)_i . C_i
+    dB = (the chunk's part) + sum_h dt 2^(total - column) x T^T        Cst_j = (dt 2^(total - column) x T^T)_j . B_j
 """
 
 from __future__ import annotations
@@ -16,126 +16,138 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_steps
-from .value_grads import TileSums
 
 
 @triton.jit
-def _half(
+def _features(u, i, begin, limit, chunk, stride, n, DIRECTION: tl.constexpr, READS: tl.constexpr):
+    """Features of the tokens i of a chunk: B, or the C that the row reads with, its neighbour's."""
+    shift = 0
+    exists = i < limit
+    if READS:
+        shift = 2 * DIRECTION - 1
+        if DIRECTION == 0:
+            exists = ((i > 0) | (chunk > 0)) & (i < limit)
+        else:
+            exists = i + 1 < limit
+    at = u + (begin + shift) * stride + (i[:, None] * stride + n[None, :])
+    return tl.load(at, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def _through(values, state, us, weight, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """What the values of a head give to the features' gradient through a state, and row by row its product with them."""
+    part = tl.dot(values, tl.trans(state), input_precision=PRECISION) * weight[:, None]
+    if PACKED:
+        # In the products' own precision: a loop would keep the features in float32 registers instead.
+        along = (part.to(us.dtype) * us).to(tl.float32)
+    else:
+        along = part * us.to(tl.float32)
+    return part, tl.sum(along, 1)
+
+
+@triton.jit
+def _part(
     v,
-    u,
+    u_f,
+    u_b,
     decays,
     steps,
     totals,
     ids,
     states,
     other_states,
-    dfeatures,
+    through,
     sums,
     products,
-    du,
     L,
-    G,
     chunks,
     chunk,
-    part,
-    shares,
-    feature_stride,
-    program_stride,
+    through_stride,
+    sums_stride,
+    product_stride,
+    state_stride,
     stride_vl,
     stride_vh,
-    stride_ul,
-    DIRECTION: tl.constexpr,
+    stride_fl,
+    stride_bl,
     READS: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
-    PAIR: tl.constexpr,
     Q: tl.constexpr,
-    ROWS: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One direction's C (READS: u = C, v = dy, states = S) or B (u = B, v = x, states = T)."""
-    i = part * ROWS + tl.arange(0, ROWS)
+    """C of both directions (READS: u = C, v = dy, states = S) or B (u = B, v = x, states = T)."""
+    i = tl.arange(0, Q)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
     begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-    inside = (i < limit)[:, None]
-    exists = inside
-    shift = 0
-    if READS:  # a row's C is its neighbour's
-        shift = 2 * DIRECTION - 1
-        if DIRECTION == 0:
-            exists = (((i > 0) | (chunk > 0)) & (i < limit))[:, None]
+    us_f = _features(u_f, i, begin, limit, chunk, stride_fl, n, 0, READS)
+    us_b = _features(u_b, i, begin, limit, chunk, stride_bl, n, 1, READS)
+    grad_f = tl.zeros([Q, N], tl.float32)
+    grad_b = tl.zeros([Q, N], tl.float32)
+    if HAS_IDS:
+        ids += begin
+        id_ = tl.load(ids + i, mask=i < limit, other=-4)
+        first = tl.load(ids)
+        last = tl.load(ids + tl.minimum(limit, Q) - 1)
+        left = tl.load(ids - 1, mask=chunk > 0, other=-2)
+        right = tl.load(ids + Q, mask=limit > Q, other=-2)
+        allowed_f = (id_ == (left if READS else last)).to(tl.float32)
+        allowed_b = (id_ == (right if READS else first)).to(tl.float32)
+    vs = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
+    entry = n[:, None] * P + p[None, :]
+    for h in tl.range(0, HEADS, num_stages=STAGES):
+        row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
+        total_f = tl.load(totals + h * chunks * 2)
+        total_b = tl.load(totals + h * chunks * 2 + 1)
+        if READS:
+            weight_f = tl.exp2(row_f)
+            weight_b = tl.exp2(row_b)
         else:
-            exists = (i + 1 < limit)[:, None]
-    grad = tl.zeros([ROWS, N], tl.float32)
-    dfeatures += i[:, None] * N + n[None, :]
-    for s in range(shares):
-        grad += tl.load(dfeatures + s * program_stride + (DIRECTION * 2 + READS) * feature_stride)
-        if PAIR and READS:
-            beside = ((i >= Q // 2) == (DIRECTION == 0))[:, None]
-            grad += tl.load(dfeatures + s * program_stride + feature_stride * 4, mask=beside, other=0.0)
-    if HAS_STATES:
-        us = u + (begin + shift) * stride_ul + (i[:, None] * stride_ul + n[None, :])
-        us = tl.load(us, mask=exists, other=0.0).to(tl.float32)
+            weight_f = tl.exp2(total_f - column_f)
+            weight_b = tl.exp2(total_b - column_b)
+            if not FOLDED:
+                dt_f, dt_b = load_steps(steps + h * (chunks * Q * 2), i)
+                weight_f *= dt_f
+                weight_b *= dt_b
         if HAS_IDS:
-            ids += begin
-            if DIRECTION == 0:
-                before = tl.load(ids - 1, mask=chunk > 0, other=-2)
-                last = tl.load(ids + tl.minimum(limit, Q) - 1)
-            else:
-                before = tl.load(ids + Q, mask=limit > Q, other=-2)
-                last = tl.load(ids)
-            id_ = tl.load(ids + i, mask=i < limit, other=-3)
-            allowed = (id_ == (before if READS else last)).to(tl.float32)
-            keep = (before == last).to(tl.float32)
-        vs = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
-        entry = n[:, None] * P + p[None, :]
-        for h in tl.range(0, HEADS, num_stages=STAGES):
-            row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
-            total = tl.load(totals + h * chunks * 2 + DIRECTION)
-            if READS:
-                weight = tl.exp2(row_f if DIRECTION == 0 else row_b)
-            else:
-                weight = tl.exp2(total - (column_f if DIRECTION == 0 else column_b))
-                if not FOLDED:
-                    dt_f, dt_b = load_steps(steps + h * (chunks * Q * 2), i)
-                    weight *= dt_f if DIRECTION == 0 else dt_b
+            weight_f *= allowed_f
+            weight_b *= allowed_b
+        values = tl.load(vs + h * stride_vh, mask=(i < limit)[:, None], other=0.0)
+        state_f = tl.load(states + h * (N * P) + entry)
+        part, along = _through(values, state_f, us_f, weight_f, PACKED, PRECISION)
+        grad_f += part
+        tl.store(sums + h * (chunks * Q) + i, along)
+        state_b = tl.load(states + (h * (N * P) + state_stride) + entry)
+        part, along = _through(values, state_b, us_b, weight_b, PACKED, PRECISION)
+        grad_b += part
+        tl.store(sums + 2 * sums_stride + h * (chunks * Q) + i, along)
+        # 2^total <T, S>: the causal one here, the anticausal one where B is.
+        if READS:
+            other = tl.load(other_states + h * (N * P) + entry)
+            g = tl.exp2(total_f)
             if HAS_IDS:
-                weight *= allowed
-            values = tl.load(vs + h * stride_vh, mask=inside, other=0.0)
-            state = tl.load(states + h * (N * P) + entry)
-            through = tl.dot(values, tl.trans(state), input_precision=PRECISION) * weight[:, None]
-            grad += through
-            tl.store(sums + h * (chunks * Q) + i, tl.sum(through * us, 1))
-            if READS and part == 0:
-                other = tl.load(other_states + h * (N * P) + entry)
-                if PACKED:
-                    product = tl.sum((state * other).to(tl.float32))
-                else:
-                    product = tl.sum(state.to(tl.float32) * other.to(tl.float32))
-                g = tl.exp2(total)
-                if HAS_IDS:
-                    g *= keep
-                tl.store(products + h * chunks, g * product)
-    place = begin + i
-    if READS:
-        # The row without a neighbour has no C to write: its zeros go to the C that nobody reads.
-        grad = tl.where(exists, grad, 0.0)
-        if DIRECTION == 0:
-            place = tl.where(place > 0, place - 1, L - 1)
+                g *= (left == last).to(tl.float32)
+            product = state_f.to(tl.float32) * other.to(tl.float32)
         else:
-            place = tl.where(place < L - 1, place + 1, 0)
-    tl.store(du + place[:, None] * (G * N) + n[None, :], grad.to(du.dtype.element_ty), mask=inside)
+            other = tl.load(other_states + (h * (N * P) + state_stride) + entry)
+            g = tl.exp2(total_b)
+            if HAS_IDS:
+                g *= (right == first).to(tl.float32)
+            product = state_b.to(tl.float32) * other.to(tl.float32)
+        tl.store(products + (1 - READS) * product_stride + h * chunks, g * tl.sum(product))
+    to = through + i[:, None] * N + n[None, :]
+    tl.store(to, grad_f)
+    tl.store(to + 2 * through_stride, grad_b)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "shares", "G"])
+@triton.jit(do_not_specialize=["L", "chunks", "G"])
 def _feature_grads_kernel(
     x,
     dy,
@@ -149,21 +161,15 @@ def _feature_grads_kernel(
     ids,
     states,
     adjoint,
-    dfeatures,
+    through,
     sums,
     products,
-    dB_f,
-    dC_f,
-    dB_b,
-    dC_b,
     L,
     G,
     chunks,
-    shares,
+    through_stride,
     sums_stride,
     product_stride,
-    feature_stride,
-    program_stride,
     state_stride,
     stride_xb,
     stride_xl,
@@ -185,103 +191,81 @@ def _feature_grads_kernel(
     stride_Cbg,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
-    PAIR: tl.constexpr,
     Q: tl.constexpr,
-    ROWS: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks G (Q / ROWS) directions, B or C); HEADS are all of a group."""
+    """Grid (B chunks G, C or B); HEADS are all of a group."""
     pid = tl.program_id(0).to(tl.int64)
-    kind = pid % 4
-    parts: tl.constexpr = Q // ROWS
-    part = (pid // 4 % parts).to(tl.int32)
-    group = pid // (4 * parts) % G
-    chunk = pid // (4 * parts * G) % chunks
-    batch = pid // (4 * parts * G * chunks)
+    kind = pid % 2
+    group = pid // 2 % G
+    chunk = pid // (2 * G) % chunks
+    batch = pid // (2 * G * chunks)
     head0 = group * HEADS
     first = batch * G * HEADS + head0
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 2)
     totals += (first * chunks + chunk) * 2
-    sums += (first * chunks + chunk) * Q
+    sums += (first * chunks + chunk) * Q + kind * sums_stride
     products += first * chunks + chunk
     ids += batch * L
-    x += batch * stride_xb + head0 * stride_xh
-    dy += batch * stride_yb + head0 * stride_yh
     at = ((batch * chunks + chunk) * G + group) * (HEADS * N * P)
-    dfeatures += ((batch * G + group) * chunks + chunk) * (Q * N)
-    out = (batch * L * G + group) * N
+    states += at
+    adjoint += at
+    through += ((batch * G + group) * chunks + chunk) * (Q * N) + kind * through_stride
     if kind == 0:
-        _half(
-            dy, C_f + batch * stride_Cfb + group * stride_Cfg, decays, steps, totals, ids,
-            states + at, adjoint + at, dfeatures, sums, products, dC_f + out,
-            L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_yl, stride_yh, stride_Cfl,
-            0, 1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
-        )  # fmt: skip
-    elif kind == 1:
-        _half(
-            x, B_f + batch * stride_Bfb + group * stride_Bfg, decays, steps, totals, ids,
-            adjoint + at, states + at, dfeatures, sums + sums_stride * 1, products, dB_f + out,
-            L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_xl, stride_xh, stride_Bfl,
-            0, 0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
-        )  # fmt: skip
-    elif kind == 2:
-        _half(
-            dy, C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids,
-            states + at + state_stride, adjoint + at + state_stride, dfeatures, sums + sums_stride * 2,
-            products + product_stride, dC_b + out,
-            L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_yl, stride_yh, stride_Cbl,
-            1, 1, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
+        _part(
+            dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
+            C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
+            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_yl,
+            stride_yh, stride_Cfl, stride_Cbl, 1, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
-        _half(
-            x, B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids,
-            adjoint + at + state_stride, states + at + state_stride, dfeatures, sums + sums_stride * 3,
-            products + product_stride, dB_b + out,
-            L, G, chunks, chunk, part, shares, feature_stride, program_stride, stride_xl, stride_xh, stride_Bbl,
-            1, 0, HEADS, HAS_IDS, HAS_STATES, FOLDED, PACKED, PAIR, Q, ROWS, N, P, PRECISION, STAGES,
+        _part(
+            x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
+            B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
+            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_xl,
+            stride_xh, stride_Bfl, stride_Bbl, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FeatureGradsConfig:
-    """Rows of a chunk that a program owns, warps and stages."""
+    """Warps and stages."""
 
-    rows: int = 64
     warps: int = 4
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class StateGrads:
+    """What the states give to B, C, dt and A, float32."""
+
+    through: Tensor  # (4, B, G, L', N) parts of dC_f, dB_f, dC_b, dB_b, those of C in the rows that read with it
+    sums: Tensor  # (4, B, H, L') Rst and Cst, causal, then anticausal
+    products: Tensor  # (2, B, H, chunks) 2^total <T, S>
+
+
 def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor | None, adjoint: Tensor | None, tiles: TileSums, Q: int, config: FeatureGradsConfig, precision: str,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """([dB_f, dC_f, dB_b, dC_b], sums (4, B, H, L'), products 2^total <T, S> of each chunk (2, B, H, chunks)).
-
-    sums: Rst and Cst, causal, then anticausal. What the states give is unwritten where there are no states.
-    """
+    states: Tensor, adjoint: Tensor, Q: int, config: FeatureGradsConfig, precision: str,
+) -> StateGrads:  # fmt: skip
+    """The gradients through the states S and their adjoint T of chunks of Q tokens."""
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = triton.cdiv(L, Q)
-    rows = min(config.rows, Q)
-    dfeatures = tiles.dfeatures
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in features]
-    sums = decays.sums.new_empty(4, batch, H, chunks * Q)
-    products = decays.sums.new_empty(2, batch, H, chunks)
+    new = decays.sums.new_empty
+    found = StateGrads(new(4, batch, G, chunks * Q, N), new(4, batch, H, chunks * Q), new(2, batch, H, chunks))
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
-    _feature_grads_kernel[(batch * chunks * G * (Q // rows) * 4,)](
-        x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps,
-        decays.totals, x if ids is None else ids, x if states is None else states, x if adjoint is None else adjoint,
-        dfeatures, sums, products, *grads, L, G, chunks, dfeatures.shape[0], sums.stride(0), products.stride(0),
-        dfeatures.stride(1), dfeatures.stride(0), 0 if states is None else states.stride(0), *strides, HEADS=H // G,
-        HAS_IDS=ids is not None, HAS_STATES=states is not None, FOLDED=decays.steps is None,
-        PACKED=x.dtype == torch.bfloat16, PAIR=tiles.beside is not None, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision,
-        STAGES=config.stages, num_warps=config.warps,
+    _feature_grads_kernel[(batch * chunks * G * 2,)](
+        x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
+        x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, chunks,
+        found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0), *strides,
+        HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, Q=Q,
+        N=N, P=P, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return grads, sums, products
+    return found

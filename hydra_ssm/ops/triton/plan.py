@@ -18,6 +18,7 @@ class Plan:
     """Chunk length and the configuration of each kernel."""
 
     chunk: int = 128
+    pair: bool = False  # where one chunk is all there is, the backward pass takes it in two tiles
     precision: str = "ieee"  # of float32 products, exact; ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -28,22 +29,21 @@ class Plan:
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     """The plan for x (B, L, H, P) and B (B, L, G, N), as measured on an H100 (benchmarks/gpu/notes.md).
 
-    The backward pass goes with shorter chunks, for its registers, but where one chunk of 128 spares it all states
-    or heads are so few that states are joined by a scan.
+    The backward pass, and a forward pass whose states it takes over, go with shorter chunks, for its registers; but
+    not where one chunk of 128 spares all states.
     """
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
     heads = H // G
     if x.dtype == torch.float32 or max(N, P) > 64:
-        chunk, warps, output = 32, 4, OutputConfig(heads, 32, False, 4, 2)
-    elif not backward or L <= 128 or batch * H < 64:
-        chunk, warps, output = 128, 4, OutputConfig(heads, 128, False, 8, 4)
+        chunk, output = 32, OutputConfig(heads, 32, False, 4, 2)
+    elif not backward or L <= 128:
+        chunk, output = 128, OutputConfig(heads, 128, False, 8, 4)
     else:
-        chunk, warps, output = 64, 4, OutputConfig(heads, 64, True, 4, 3)
+        chunk, output = 64, OutputConfig(heads, 64, True, 4, 3)
     return Plan(
         chunk=chunk,
-        states=StatesConfig(local=batch * H < 64, warps=warps, stages=2 if chunk == 128 and L <= 512 else 3),
+        pair=chunk == 128 and L <= 128,
+        states=StatesConfig(local=batch * H < 64, warps=4, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
-        value_grads=ValueGradsConfig(heads, chunk == 128, 4, 2),
-        feature_grads=FeatureGradsConfig(chunk, 8, 3) if chunk == 128 else FeatureGradsConfig(chunk, 4, 4),
     )

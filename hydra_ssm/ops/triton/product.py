@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
@@ -18,7 +19,10 @@ from .value_grads import value_grads
 
 @dataclass(frozen=True)
 class Into:
-    """Where the backward pass writes gradients instead of new tensors: views of any strides, the last one unit."""
+    """Where the backward pass writes gradients instead of new tensors: views of any strides, the last one unit.
+
+    dx may be x. dB_f, dC_f, dB_b and dC_b go together: their strides are alike.
+    """
 
     dx: Tensor | None = None  # (B, L, H, P)
     ddt_f: Tensor | None = None  # (B, L, H), here the last stride is free as well
@@ -65,19 +69,22 @@ def quasiseparable_backward(
         raise ValueError(f"saved states must be of chunks of {Q} tokens, got {states.shape[2]} for {x.shape[1]} tokens")
     adjoint = _states(dy, C_f, C_b, decays, ids, how, adjoint=True)
     features = (B_f, C_f, B_b, C_b)
-    dx, tiles = value_grads(x, dy, features, decays, ids, adjoint, Q, how.value_grads, precision)
-    grads, sums, chunk_products = feature_grads(
-        x, dy, features, decays, ids, states, adjoint, tiles, Q, how.feature_grads, precision
+    through = None
+    if states is not None:
+        assert adjoint is not None
+        through = feature_grads(x, dy, features, decays, ids, states, adjoint, Q, how.feature_grads, precision)
+    dx = _to(into.dx, x)
+    grads = tuple(map(_to, (into.dB_f, into.dC_f, into.dB_b, into.dC_b), features))
+    tiles = value_grads(
+        x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision
     )
-    state_sums, products = (None, None) if states is None else (sums, chunk_products)
-    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
-        steps, ids, diagonal, tiles, state_sums, products, Q, into.ddt_f, into.ddt_b
-    )
-    buffers = (into.dx, into.dB_f, into.dC_f, into.dB_b, into.dC_b)
-    dx, dB_f, dC_f, dB_b, dC_b = (
-        found if to is None else to.copy_(found) for found, to in zip((dx, *grads), buffers, strict=True)
-    )
+    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b)
+    dB_f, dC_f, dB_b, dC_b = grads
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
+
+
+def _to(given: Tensor | None, like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if given is None else given
 
 
 def _decays(x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan) -> Decays:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
+from .feature_grads import StateGrads
 from .value_grads import TileSums
 
 BLOCK_HEADS = 8
@@ -148,8 +149,8 @@ def _step_grads_kernel(
 
 
 def step_grads(
-    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, state_sums: Tensor | None,
-    products: Tensor | None, Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None,
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateGrads | None,
+    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.
 
@@ -158,6 +159,7 @@ def step_grads(
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
     chunks = triton.cdiv(L, Q)
+    state_sums, products = (None, None) if through is None else (through.sums, through.products)
     ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device) if ddt_f is None else ddt_f
     ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device) if ddt_b is None else ddt_b
     sums = torch.empty(batch * chunks, 3, H, dtype=torch.float32, device=A.device)
@@ -174,6 +176,6 @@ def step_grads(
         HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
         MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    total = sums.sum(0)
-    dA = (total[:2] if A.ndim == 2 else total[0] + total[1]).to(A.dtype)
-    return ddt_f, ddt_b, dA, None if bias is None else total[2].to(bias.dtype), ddiagonal
+    dA = sums[:, :2].sum((0, 1) if A.ndim == 1 else 0).to(A.dtype)
+    dbias = None if bias is None else sums[:, 2].sum(0).to(bias.dtype)
+    return ddt_f, ddt_b, dA, dbias, ddiagonal

@@ -1,10 +1,12 @@
 """Gradients within chunks: of x and the diagonal, and of the scores, summed over the heads that share them.
 
 Everything is transposed, tokens j that are read as rows and tokens i that read as columns, so that M^T is the left
-operand of dx = M^T dy. A program owns ROWS tokens j of a chunk and loops over heads of one group with dS^T in
-registers; after the loop dS^T gives its heads' part of dB and dC. A chunk of 2 ROWS tokens has two programs: each has
-the block on the diagonal, where both directions meet, and the block beside it, which has one direction and no mask.
-Row and column sums of K = dM o M, per head, are what dt and A need.
+operand of dx = M^T dy. A program owns a tile of tokens j and loops over the heads of a group with dS^T in registers;
+after the loop dS^T gives the tile's part of dB and dC, and the states' part is added. Row and column sums of K = dM o M,
+per head, are what dt and A need.
+
+A chunk is one tile. Only where one chunk is the whole sequence may it have two (a pair): each has the block on the
+diagonal, where both directions meet, and the block beside it, which has one direction and no mask.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_steps
+from .feature_grads import StateGrads
 
 
 @triton.jit
@@ -32,7 +35,15 @@ def _entries(weight, scores, dmatrix, PACKED: tl.constexpr):
     return matrix, K
 
 
-@triton.jit(do_not_specialize=["L", "chunks"])
+@triton.jit
+def _finish(to, grad, through, HAS_STATES: tl.constexpr, inside):
+    """Adds the states' part and writes."""
+    if HAS_STATES:
+        grad += tl.load(through)
+    tl.store(to, grad.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["L", "G", "chunks"])
 def _value_grads_kernel(
     x,
     dy,
@@ -46,19 +57,22 @@ def _value_grads_kernel(
     diagonals,
     ids,
     adjoint,
+    through,
     dx,
     ddiagonals,
     row_sums,
     other_sums,
     column_sums,
-    dfeatures,
+    beside,
+    dB_f,
+    dC_f,
+    dB_b,
+    dC_b,
     L,
-    H,
+    G,
     chunks,
-    heads_per_group,
-    feature_stride,
-    program_stride,
     state_stride,
+    through_stride,
     stride_xb,
     stride_xl,
     stride_xh,
@@ -77,8 +91,14 @@ def _value_grads_kernel(
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
-    HEADS: tl.constexpr,
+    stride_dxb,
+    stride_dxl,
+    stride_dxh,
+    stride_db,
+    stride_dl,
+    stride_dg,
     PAIR: tl.constexpr,
+    HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     HAS_STATES: tl.constexpr,
@@ -90,22 +110,21 @@ def _value_grads_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks (H / HEADS) (1 + PAIR))."""
+    """Grid (B chunks G tiles); HEADS are all of a group."""
     Q: tl.constexpr = ROWS * (1 + PAIR)
+    dtype: tl.constexpr = x.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % (1 + PAIR)).to(tl.int32)
     pid = pid // (1 + PAIR)
-    programs = H // HEADS
-    head0 = pid % programs * HEADS
-    chunk = pid // programs % chunks
-    batch = pid // (programs * chunks)
-    group = head0 // heads_per_group
-    dtype: tl.constexpr = x.dtype.element_ty
+    group = pid % G
+    chunk = pid // G % chunks
+    batch = pid // (G * chunks)
+    head0 = group * HEADS
     r = tl.arange(0, ROWS)
     n = tl.arange(0, N)
     p = tl.arange(0, P)
     j = r + part * ROWS
-    o = r + (1 - part) * ROWS  # the other half of the chunk
+    o = r + (1 - part) * ROWS  # the other tile of a pair
     begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
     inside = (j < limit)[:, None]
@@ -127,13 +146,13 @@ def _value_grads_kernel(
     scores_b = tl.dot(Bb, tl.trans(Cb), input_precision=PRECISION)
     scores = tl.where(lower, scores_f, tl.where(upper, scores_b, 0.0))
     if PAIR:
-        # The first half is read by later tokens, the second by earlier ones.
-        in_other = ((o < limit) & (part == 0))[:, None]
-        Cf = tl.load(C_f + o[:, None] * stride_Cfl + n[None, :], mask=in_other, other=0.0)
-        in_other = ((o + 1 < limit) & (part == 1))[:, None]
-        Cb = tl.load(C_b + o[:, None] * stride_Cbl + n[None, :], mask=in_other, other=0.0)
-        beside = tl.dot(Bf, tl.trans(Cf), input_precision=PRECISION)
-        beside = tl.dot(Bb, tl.trans(Cb), beside, input_precision=PRECISION)
+        # The first tile is read by later tokens, the second by earlier ones.
+        other_f = ((o < limit) & (part == 0))[:, None]
+        other_b = ((o + 1 < limit) & (part == 1))[:, None]
+        Cf = tl.load(C_f + o[:, None] * stride_Cfl + n[None, :], mask=other_f, other=0.0)
+        Cb = tl.load(C_b + o[:, None] * stride_Cbl + n[None, :], mask=other_b, other=0.0)
+        across = tl.dot(Bf, tl.trans(Cf), input_precision=PRECISION)
+        across = tl.dot(Bb, tl.trans(Cb), across, input_precision=PRECISION)
     if HAS_IDS:
         ids += batch * L + begin
         id_j = tl.load(ids + j, mask=j < limit, other=-3)
@@ -142,14 +161,15 @@ def _value_grads_kernel(
         scores = tl.where(id_j[:, None] == id_j[None, :], scores, 0.0)
         if PAIR:
             same = id_j[:, None] == tl.load(ids + o, mask=o < limit, other=-3)[None, :]
-            beside = tl.where(same, beside, 0.0)
+            across = tl.where(same, across, 0.0)
     scores = scores.to(dtype)
     dscores = tl.zeros([ROWS, ROWS], tl.float32)
     if PAIR:
-        beside = beside.to(dtype)
-        dbeside = tl.zeros([ROWS, ROWS], tl.float32)
+        across = across.to(dtype)
+        dacross = tl.zeros([ROWS, ROWS], tl.float32)
 
-    here = (batch * H + head0) * (chunks * Q) + begin
+    first = batch * G * HEADS + head0
+    here = (first * chunks + chunk) * Q
     decays += here * 4
     steps += here * 2
     diagonals += here
@@ -157,13 +177,14 @@ def _value_grads_kernel(
     row_sums += here * 2
     other_sums += here
     column_sums += here * 2
-    totals += ((batch * H + head0) * chunks + chunk) * 2
+    totals += (first * chunks + chunk) * 2
+    adjoint += ((batch * chunks + chunk) * G + group) * (HEADS * N * P)
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
     dy += batch * stride_yb + head0 * stride_yh + begin * stride_yl
     ys = dy + (j[:, None] * stride_yl + p[None, :])
     other_ys = dy + (o[:, None] * stride_yl + p[None, :])
-    dxs = dx + ((batch * L + begin) * H + head0) * P + (j[:, None] * (H * P) + p[None, :])
-    entry = ((batch * chunks + chunk) * H + head0) * (N * P) + (n[:, None] * P + p[None, :])
+    dxs = dx + batch * stride_dxb + head0 * stride_dxh + begin * stride_dxl + (j[:, None] * stride_dxl + p[None, :])
+    entry = n[:, None] * P + p[None, :]
     for h in tl.range(0, HEADS, num_stages=STAGES):
         at = h * (chunks * Q)
         row_f, row_b, column_f, column_b = load_decays(decays + at * 4, j)
@@ -179,8 +200,8 @@ def _value_grads_kernel(
         dscores += weight * dmatrix
         K_f = tl.where(lower, K, 0.0)
         K_b = tl.where(upper, K, 0.0)
-        to = row_sums + (at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(to, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
+        to = (at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(row_sums + to, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
         column_sum_f = tl.sum(K_f, 1)
         column_sum_b = tl.sum(K_b, 1)
         if HAS_DIAGONAL:
@@ -194,22 +215,21 @@ def _value_grads_kernel(
             matrix = tl.where(equal, 0.0, matrix)
         out = tl.dot(matrix.to(dtype), dys, input_precision=PRECISION)
         if PAIR:
-            other_f, other_b, _, _ = load_decays(decays + at * 4, o)
+            far_f, far_b, _, _ = load_decays(decays + at * 4, o)
             dys = tl.load(other_ys + h * stride_yh, mask=(o < limit)[:, None], other=0.0)
             dmatrix = tl.dot(values, tl.trans(dys), input_precision=PRECISION)
-            other_row = tl.where(part == 0, other_f, other_b)
-            weight = tl.exp2(other_row[None, :] - tl.where(part == 0, column_f, column_b)[:, None])
+            row = tl.where(part == 0, far_f, far_b)
+            weight = tl.exp2(row[None, :] - tl.where(part == 0, column_f, column_b)[:, None])
             if not FOLDED:
                 weight *= tl.where(part == 0, dt_f, dt_b)[:, None]
-            matrix, K = _entries(weight, beside, dmatrix, PACKED)
-            dbeside += weight * dmatrix
+            matrix, K = _entries(weight, across, dmatrix, PACKED)
+            dacross += weight * dmatrix
             tl.store(other_sums + at + o, tl.sum(K, 0))
             more = tl.sum(K, 1)
             column_sum_f += tl.where(part == 0, more, 0.0)
             column_sum_b += tl.where(part == 0, 0.0, more)
             out = tl.dot(matrix.to(dtype), dys, out, input_precision=PRECISION)
-        to = column_sums + (at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(to, tl.join(column_sum_f, column_sum_b))
+        tl.store(column_sums + to, tl.join(column_sum_f, column_sum_b))
         if HAS_STATES:
             to_f = tl.exp2(tl.load(totals + h * chunks * 2) - column_f)
             to_b = tl.exp2(tl.load(totals + h * chunks * 2 + 1) - column_b)
@@ -219,97 +239,140 @@ def _value_grads_kernel(
             if HAS_IDS:
                 to_f *= to_right
                 to_b *= to_left
-            T = tl.load(adjoint + entry + h * (N * P))
+            T = tl.load(adjoint + h * (N * P) + entry)
             out += tl.dot(Bf, T, input_precision=PRECISION) * to_f[:, None]
-            T = tl.load(adjoint + entry + (h * (N * P) + state_stride))
+            T = tl.load(adjoint + (h * (N * P) + state_stride) + entry)
             out += tl.dot(Bb, T, input_precision=PRECISION) * to_b[:, None]
-        tl.store(dxs + h * P, out.to(dtype), mask=inside)
+        tl.store(dxs + h * stride_dxh, out.to(dtype), mask=inside)
 
-    # dfeatures (programs of a group, 5, B, G, L', N): dB_f, dC_f, dB_b, dC_b of the blocks on the diagonal (dB of the
-    # blocks beside it too), and dC of the blocks beside it: causal in a chunk's second half, anticausal in its first.
-    groups = H // heads_per_group
-    share = (head0 % heads_per_group) // HEADS
-    dfeatures += share * program_stride + ((batch * groups + group) * chunks + chunk) * (Q * N)
-    to = j[:, None] * N + n[None, :]
     keep_f = lower
     keep_b = upper
     if HAS_IDS:
         keep_f &= id_j[:, None] == id_j[None, :]
         keep_b &= id_j[:, None] == id_j[None, :]
-    Cf = tl.load(C_f + j[:, None] * stride_Cfl + n[None, :], mask=in_f, other=0.0)
     f = tl.where(keep_f, dscores, 0.0).to(dtype)
-    tl.store(dfeatures + feature_stride + to, tl.dot(tl.trans(f), Bf, input_precision=PRECISION))
-    dB_f = tl.dot(f, Cf, input_precision=PRECISION)
-    Cb = tl.load(C_b + j[:, None] * stride_Cbl + n[None, :], mask=in_b, other=0.0)
     b = tl.where(keep_b, dscores, 0.0).to(dtype)
-    tl.store(dfeatures + feature_stride * 3 + to, tl.dot(tl.trans(b), Bb, input_precision=PRECISION))
-    dB_b = tl.dot(b, Cb, input_precision=PRECISION)
+    Cf = tl.load(C_f + j[:, None] * stride_Cfl + n[None, :], mask=in_f, other=0.0)
+    Cb = tl.load(C_b + j[:, None] * stride_Cbl + n[None, :], mask=in_b, other=0.0)
+    grad_B_f = tl.dot(f, Cf, input_precision=PRECISION)
+    grad_B_b = tl.dot(b, Cb, input_precision=PRECISION)
+    grad_C_f = tl.dot(tl.trans(f), Bf, input_precision=PRECISION)
+    grad_C_b = tl.dot(tl.trans(b), Bb, input_precision=PRECISION)
+    own = ((batch * G + group) * chunks + chunk) * (Q * N)
     if PAIR:
         if HAS_IDS:
-            dbeside = tl.where(id_j[:, None] == tl.load(ids + o, mask=o < limit, other=-3)[None, :], dbeside, 0.0)
-        f = tl.where(part == 0, dbeside, 0.0).to(dtype)
-        b = tl.where(part == 0, 0.0, dbeside).to(dtype)
-        Cf = tl.load(C_f + o[:, None] * stride_Cfl + n[None, :], mask=((o < limit) & (part == 0))[:, None], other=0.0)
-        Cb = tl.load(C_b + o[:, None] * stride_Cbl + n[None, :], mask=(o + 1 < limit)[:, None], other=0.0)
-        dB_f = tl.dot(f, Cf, dB_f, input_precision=PRECISION)
-        dB_b = tl.dot(b, Cb, dB_b, input_precision=PRECISION)
-        dC = tl.dot(tl.trans(f), Bf, input_precision=PRECISION)
-        dC = tl.dot(tl.trans(b), Bb, dC, input_precision=PRECISION)
-        tl.store(dfeatures + feature_stride * 4 + o[:, None] * N + n[None, :], dC)
-    tl.store(dfeatures + to, dB_f)
-    tl.store(dfeatures + feature_stride * 2 + to, dB_b)
+            dacross = tl.where(id_j[:, None] == tl.load(ids + o, mask=o < limit, other=-3)[None, :], dacross, 0.0)
+        f = tl.where(part == 0, dacross, 0.0).to(dtype)
+        b = tl.where(part == 0, 0.0, dacross).to(dtype)
+        Cf = tl.load(C_f + o[:, None] * stride_Cfl + n[None, :], mask=other_f, other=0.0)
+        Cb = tl.load(C_b + o[:, None] * stride_Cbl + n[None, :], mask=other_b, other=0.0)
+        grad_B_f = tl.dot(f, Cf, grad_B_f, input_precision=PRECISION)
+        grad_B_b = tl.dot(b, Cb, grad_B_b, input_precision=PRECISION)
+        # dC of the other tile's rows, which has its own part of it: two parts to be summed afterwards.
+        grad = tl.dot(tl.trans(f), Bf, input_precision=PRECISION)
+        grad = tl.dot(tl.trans(b), Bb, grad, input_precision=PRECISION)
+        size = tl.num_programs(0).to(tl.int64) // 2 * (Q * N)
+        tl.store(beside + own + o[:, None] * N + n[None, :], grad)
+        tl.store(beside + size + own + j[:, None] * N + n[None, :], tl.where(part == 0, grad_C_b, grad_C_f))
+    place = begin + j
+    to = batch * stride_db + group * stride_dg + n[None, :]
+    through += own + j[:, None] * N + n[None, :]
+    _finish(dB_f + to + place[:, None] * stride_dl, grad_B_f, through + through_stride, HAS_STATES, inside)
+    _finish(dB_b + to + place[:, None] * stride_dl, grad_B_b, through + 3 * through_stride, HAS_STATES, inside)
+    # The row without a neighbour has no C to write: its zeros go to the C that nobody reads.
+    place = tl.where(place > 0, place - 1, L - 1)[:, None]
+    keep = inside & ((part == 0) | (PAIR == 0))
+    _finish(dC_f + to + place * stride_dl, tl.where(in_f, grad_C_f, 0.0), through, HAS_STATES, keep)
+    place = tl.where(begin + j < L - 1, begin + j + 1, 0)[:, None]
+    keep = inside & ((part == 1) | (PAIR == 0))
+    _finish(dC_b + to + place * stride_dl, tl.where(in_b, grad_C_b, 0.0), through + 2 * through_stride, HAS_STATES, keep)
+
+
+@triton.jit(do_not_specialize=["L", "G"])
+def _pair_kernel(
+    beside,
+    dC_f,
+    dC_b,
+    size,
+    L,
+    G,
+    stride_db,
+    stride_dl,
+    stride_dg,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """dC of the rows that both tiles of a pair have a part of: causal in the second, anticausal in the first.
+
+    Grid (B G, 2).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    i = tl.arange(0, ROWS) + part * ROWS
+    n = tl.arange(0, N)
+    at = pid * (2 * ROWS * N) + i[:, None] * N + n[None, :]
+    grad = tl.load(beside + at) + tl.load(beside + size + at)
+    to = pid // G * stride_db + pid % G * stride_dg + n[None, :]
+    if part == 1:
+        tl.store(dC_f + to + (i - 1)[:, None] * stride_dl, grad.to(dC_f.dtype.element_ty), mask=(i < L)[:, None])
+    else:
+        exists = (i < L - 1)[:, None]
+        place = tl.where(i < L - 1, i + 1, 0)[:, None]
+        grad = tl.where(exists, grad, 0.0)
+        tl.store(dC_b + to + place * stride_dl, grad.to(dC_b.dtype.element_ty), mask=(i < L)[:, None])
 
 
 @dataclass(frozen=True)
 class ValueGradsConfig:
-    """Heads a program loops over, whether a chunk has two programs, warps and stages."""
+    """Warps and stages."""
 
-    heads: int = 24
-    pair: bool = True
     warps: int = 4
     stages: int = 2
 
 
 @dataclass(frozen=True)
 class TileSums:
-    """What dt, A and the diagonal need of the chunks, float32, and the parts of dB and dC."""
+    """What dt, A and the diagonal need of the tiles, float32."""
 
     rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
-    beside: (
-        Tensor | None
-    )  # (B, H, L') in the blocks beside it: causal in a chunk's second half, anticausal in its first
-    columns: Tensor  # (B, H, L', 2) column sums of K, causal and anticausal
+    beside: Tensor | None  # (B, H, L') in a pair's blocks beside it: causal in the second tile, anticausal in the first
+    columns: Tensor  # (B, H, L', 2) column sums of K
     diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
-    dfeatures: Tensor  # (programs, 5, B, G, L', N) dB_f, dC_f, dB_b, dC_b, dC beside, dC in its rows' coordinates
 
 
 def value_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    adjoint: Tensor | None, Q: int, config: ValueGradsConfig, precision: str,
-) -> tuple[Tensor, TileSums]:  # fmt: skip
-    """dx, from the chunks' own entries and the adjoint states, and the sums."""
+    adjoint: Tensor | None, through: StateGrads | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
+    Q: int, pair: bool, config: ValueGradsConfig, precision: str,
+) -> TileSums:  # fmt: skip
+    """Writes dx, which may be x, and the gradients of the four features, whose strides are alike."""
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = triton.cdiv(L, Q)
-    parts = 2 if config.pair else 1
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    pair = pair and chunks == 1
     new = decays.sums.new_empty
     sums = TileSums(
         new(batch, H, chunks * Q, 2),
-        new(batch, H, chunks * Q) if config.pair else None,
+        new(batch, H, Q) if pair else None,
         new(batch, H, chunks * Q, 2),
         None if decays.diagonal is None else torch.empty_like(decays.diagonal),
-        new(H // G // config.heads, 5, batch, G, chunks * Q, N),
     )
-    strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
-    _value_grads_kernel[(batch * chunks * (H // config.heads) * parts,)](
+    beside = new(2, batch, G, Q, N) if pair else sums.rows
+    parts = sums.rows if through is None else through.through
+    strides = [s for t in (x, dy, *features, dx, dfeatures[0]) for s in t.stride()[:3]]
+    _value_grads_kernel[(batch * chunks * G * (1 + pair),)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
-        x if adjoint is None else adjoint, dx, sums.rows if sums.diagonal is None else sums.diagonal, sums.rows,
-        sums.rows if sums.beside is None else sums.beside, sums.columns, sums.dfeatures, L, H, chunks, H // G,
-        sums.dfeatures.stride(1), sums.dfeatures.stride(0), 0 if adjoint is None else adjoint.stride(0), *strides,
-        HEADS=config.heads, PAIR=config.pair, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
-        HAS_STATES=adjoint is not None, FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16,
-        ROWS=Q // parts, N=N, P=P, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+        x if adjoint is None else adjoint, parts, dx, sums.rows if sums.diagonal is None else sums.diagonal,
+        sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
+        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, PAIR=pair, HEADS=H // G,
+        HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None, HAS_STATES=adjoint is not None,
+        FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
+        PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
-    return dx, sums
+    if pair:
+        _pair_kernel[batch * G, 2](
+            beside, dfeatures[1], dfeatures[3], beside.stride(0), L, G, *dfeatures[0].stride()[:3], ROWS=Q // 2, N=N,
+            num_warps=4,
+        )  # fmt: skip
+    return sums
