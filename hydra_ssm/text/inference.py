@@ -46,14 +46,15 @@ class TextModel:
             if kind != HydraConfig.model_type:
                 raise ValueError(f"the model_type of config.json must be {HydraConfig.model_type}, got {kind}")
             with quiet():
-                self.model, report = HydraForMaskedLM.from_pretrained(
+                found: Any = HydraForMaskedLM.from_pretrained(
                     folder, output_loading_info=True, ignore_mismatched_sizes=True
                 )
                 self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+            model, report = found
             _check_weights(report)
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no model that can be read: {str(error).splitlines()[0]}") from error
-        self.model.eval()
+        self.model: HydraForMaskedLM = model.eval()
         self.lacks_head = bool(report["missing_keys"])  # as the encoder of a classifier
 
     @torch.no_grad()

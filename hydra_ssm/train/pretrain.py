@@ -36,7 +36,7 @@ def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
     overwrite: a run that is there already is removed, once the new one has read its text.
 
     Raises:
-        UserError: a mistake of the user's, or a full disk; what was saved before is intact.
+        UserError: a mistake of the user's, training that diverges, or a full disk; what was saved before is intact.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     folder = RunFolder(out)
@@ -98,7 +98,7 @@ class Run:
             trainer.net.save_pretrained(part)
             self.data.tokenizer.save_pretrained(part)
             write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
-        if score.loss >= self.baseline.loss:
+        if not score.loss < self.baseline.loss:
             warnings.warn("the model knows no more than word frequencies: it needs more text or steps", stacklevel=2)
         return score
 
@@ -125,8 +125,8 @@ class Run:
             "data": ", ".join(recipe.sources) or DEFAULT_NAME,
             "model": score,
             "baseline": self.baseline,
-            "model_perplexity": math.exp(score.loss),
-            "baseline_perplexity": math.exp(self.baseline.loss),
+            "model_perplexity": _perplexity(score),
+            "baseline_perplexity": _perplexity(self.baseline),
             "training_tokens": tokens,
             "held_out_tokens": len(data.held_out_rows.tokens),
             "fill": tokens / (len(data.train_rows) * recipe.length),
@@ -135,6 +135,10 @@ class Run:
             "parameters": trainer.net.num_parameters(),
             "example": example(recipe),
         }
+
+
+def _perplexity(score: Score) -> float:
+    return math.exp(min(score.loss, 700.0))  # JSON has no infinity
 
 
 def example(recipe: Recipe) -> str:

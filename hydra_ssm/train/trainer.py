@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         warmup_steps=WARM_UP,
         lr_scheduler_type="warmup_stable_decay",
         bf16=cuda and torch.cuda.is_bf16_supported(),
+        logging_nan_inf_filter=False,  # it would log them as 0
         logging_steps=max(1, min(recipe.steps // 100, 50)),
         eval_strategy="steps",
         eval_steps=recipe.evaluate_every,
@@ -113,6 +115,9 @@ class MaskedLMTrainer(Trainer):
             logs["masked_accuracy"] = float(self._right) / self._hidden
             logs["tokens_per_second"] = self._tokens / (time.perf_counter() - self._since)
             self._reset_counts()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise self._diverged(f"its {name} is {logs[name]}")
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
@@ -141,7 +146,15 @@ class MaskedLMTrainer(Trainer):
         self.net.train(training)
         return Score(loss / tokens, right / tokens, tokens)
 
+    def _diverged(self, reason: str) -> UserError:
+        return UserError(
+            f"the training has diverged by step {self.state.global_step}, {reason}: start again with --overwrite and a "
+            f"--learning-rate below {self.args.learning_rate:g}"
+        )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not all(p.isfinite().all() for p in self.net.parameters()):
+            raise self._diverged("its weights are no longer finite")
         name = f"checkpoint-{self.state.global_step}"
         with whole_folder(self.folder / name) as part:
             self._writing_to = part

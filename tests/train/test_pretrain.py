@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from hydra_ssm.cli import main
 from hydra_ssm.text.inference import TextModel
 from hydra_ssm.train.checkpoints import checkpoints
+from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare
 from hydra_ssm.train.pretrain import Run, pretrain, resume
@@ -99,6 +100,26 @@ def test_a_run_that_is_killed_and_then_stopped_ends_as_if_nothing_had_happened(
     assert steps_saved(out) < 60
     assert main(["pretrain", "--out", str(out), "--resume"]) == 0
     assert_same_bits(out, finished)
+
+
+@pytest.mark.parametrize("every", [{"save_every": 1}, {"save_every": 20, "evaluate_every": 20}])
+def test_training_that_diverges_is_stopped_before_it_is_saved(
+    every: dict[str, int], text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"has diverged by step \d+, its .*--overwrite and a --learning-rate below 1e\+06"
+    ):
+        pretrain(recipe(text_file, steps=20, learning_rate=1e6, **every), tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    for path in checkpoints(tmp_path / "training" / "checkpoints"):
+        assert all(value.isfinite().all() for value in weights(path).values())
+
+
+def test_a_bad_model_is_reported_as_bad_and_in_json(text_file: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="knows no more than word frequencies"):
+        pretrain(recipe(text_file, steps=1, learning_rate=300.0), tmp_path)
+    metrics = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    assert json.loads(metrics, parse_constant=pytest.fail)["model"]["loss"] > 710
 
 
 def truncate(path: Path) -> None:
