@@ -28,6 +28,7 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with everything that a user may point to by mistake."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(LINES, encoding="utf-8")
+    Path("greek.txt").write_text("η γάτα και ο σκύλος\n" * 20, encoding="utf-8")
     Path("empty.txt").write_text(" \n", encoding="utf-8")
     Path("binary.txt").write_bytes(b"\x00\x01text")
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
@@ -45,7 +46,7 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MISTAKES = {
-    "frobnicate": "the command must be one of pretrain, fill-mask, embed, convert, got frobnicate",
+    "frobnicate": "the command must be one of pretrain, fill-mask, embed, convert, bench, got frobnicate",
     "pretrain --stepz 3": "Unrecognized options: --stepz",
     "pretrain --steps few": "Error parsing --steps: no type matching INT could be instantiated from ['few']",
     "pretrain nowhere.txt": "there is no file or folder nowhere.txt",
@@ -67,6 +68,9 @@ MISTAKES = {
     "pretrain text.txt --vocab-size 10": "vocab_size must be at least ",
     "pretrain text.txt --tokenizer nowhere": "no tokenizer at nowhere",
     "pretrain text.txt --tokenizer vocab.txt": "vocab.txt must hold [PAD], [UNK], [CLS], [SEP], [MASK], it lacks ",
+    "pretrain greek.txt --tokenizer run --length 16 --batch-size 2 --out run --overwrite": (
+        "the tokenizer must know the text, it finds .* and has a token for 0 of them: leave out --tokenizer"
+    ),
     "pretrain text.txt --out run": "run already holds a run: add --resume to go on, or --overwrite to start again",
     "pretrain text.txt --out foreign": "foreign must be new, empty or hold a run, it holds thesis.tex",
     "pretrain text.txt --out foreign --overwrite": "foreign must be new, empty or hold a run, it holds thesis.tex",
@@ -103,6 +107,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(command: str, here: Path, capsys:
     assert end in error
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not any(Path("runs").glob("*"))  # nothing is begun
+
+
+def test_words_that_the_tokenizer_does_not_know_are_warned_of(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mixed.txt").write_text(LINES.replace("big", "μεγάλη"), encoding="utf-8")
+    assert main(["pretrain", "mixed.txt", *SHORT, "--tokenizer", "run", "--out", "mine"]) == 0
+    assert "warning: the tokenizer does not know 7% of the text's words" in capsys.readouterr().err
 
 
 def test_overwrite_removes_the_old_run_and_nothing_else(here: Path) -> None:

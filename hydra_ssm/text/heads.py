@@ -98,8 +98,8 @@ class HydraForMaskedLM(HydraPreTrainedModel):
                 raise ValueError(f"labels must be (batch, length) = {tuple(h.shape[:2])}, got {tuple(labels.shape)}")
             chosen = labels != IGNORED
             logits, labels = self.predict(h[chosen]), labels[chosen]
-            count = max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch
-            loss = F.cross_entropy(_wide(logits), labels, reduction="sum") / count
+            count = torch.as_tensor(len(labels) if num_items_in_batch is None else num_items_in_batch)
+            loss = F.cross_entropy(_wide(logits), labels, reduction="sum") / count.clamp(min=1)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def predict(self, h: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from ..text.collators import IGNORED, MaskedLMCollator
 from .rows import EvaluationRows
 
+SLICE = 1 << 20  # tokens that are counted together
+
 
 class Score(NamedTuple):
     """How well hidden tokens are predicted."""
@@ -21,11 +23,19 @@ class Score(NamedTuple):
 
 def unigram(training_tokens: NDArray[np.integer], rows: EvaluationRows, collator: MaskedLMCollator) -> Score:
     """The training text's token frequencies, one added to each, on the tokens that the evaluation hides."""
-    counts = np.bincount(training_tokens, minlength=len(collator.special)).astype(np.float64) + 1
+    counts = token_counts(training_tokens, len(collator.special)) + 1.0
     counts[collator.special] = 0  # never hidden
     hidden = np.concatenate([_hidden(rows, i, collator) for i in range(len(rows))])
     probability = counts / counts.sum()
     return Score(float(-np.log(probability[hidden]).mean()), float((hidden == counts.argmax()).mean()), len(hidden))
+
+
+def token_counts(tokens: NDArray[np.integer], vocabulary: int) -> NDArray[np.int64]:
+    """(vocabulary,) how often each token occurs; np.bincount copies its argument, so it gets slices."""
+    counts = np.zeros(vocabulary, dtype=np.int64)
+    for start in range(0, len(tokens), SLICE):
+        counts += np.bincount(tokens[start : start + SLICE], minlength=vocabulary)
+    return counts
 
 
 def _hidden(rows: EvaluationRows, i: int, collator: MaskedLMCollator) -> NDArray[np.int64]:

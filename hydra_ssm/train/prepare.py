@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text import HydraConfig, preset
 from ..text.collators import MaskedLMCollator
 from ..text.tokenizer import load_tokenizer, train_tokenizer
-from .baseline import unigram
+from .baseline import token_counts, unigram
 from .errors import UserError
 from .packing import PackedRows, pieces
 from .recipe import Recipe
@@ -19,6 +20,7 @@ from .sources import Corpus, open_corpus
 from .trainer import arguments
 
 EVALUATION_RATE = 0.15  # of the held-out tokens are hidden
+MOST_UNKNOWN, SOME_UNKNOWN = 0.5, 0.05  # of the words: no text for this tokenizer; worth a warning
 TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on; more of them change it little
 
 
@@ -36,11 +38,26 @@ def prepare(recipe: Recipe, folder: Path) -> None:
         texts = (text for is_held_out, text in corpus if is_held_out == held_out)
         rows = PackedRows.write(folder / name, pieces(texts, tokenizer, recipe.length), recipe.length)
         _check_enough(rows, recipe, held_out)
+        _check_known(rows, tokenizer)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
     arguments(recipe, folder)
     Prepared(recipe, folder)
+
+
+def _check_known(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer has tokens for the text: [UNK] alone teaches nothing."""
+    counts = token_counts(rows.tokens, len(tokenizer))
+    unknown = int(counts[tokenizer.unk_token_id])
+    words = len(rows.tokens) - int(counts[tokenizer.all_special_ids].sum()) + unknown
+    if unknown > MOST_UNKNOWN * words or not words:
+        raise UserError(
+            f"the tokenizer must know the text, it finds {words:,} words or parts of words in it and has a token for "
+            f"{words - unknown:,} of them: leave out --tokenizer to train one"
+        )
+    if unknown > SOME_UNKNOWN * words:
+        warnings.warn(f"the tokenizer does not know {unknown / words:.0%} of the text's words", stacklevel=2)
 
 
 class Prepared:

@@ -1,5 +1,7 @@
 """What is hidden, what is to be predicted, and where documents end."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from small_text import sentences
 
 from hydra_ssm.text.collators import IGNORED, MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import train_tokenizer
-from hydra_ssm.train.baseline import unigram
+from hydra_ssm.train.baseline import token_counts, unigram
 from hydra_ssm.train.packing import PackedRows
 from hydra_ssm.train.rows import EvaluationRows, TrainingRows
 
@@ -79,6 +81,16 @@ def test_a_run_sees_every_row_once_a_pass_in_a_new_order_with_new_masks(tmp_path
     assert len({order[i].key for i in range(80)}) == 80
     again = TrainingRows(rows, 80, seed=1)
     assert [again[i].tokens[1] for i in (79, 3)] == [order[i].tokens[1] for i in (79, 3)]  # whatever was asked before
+
+
+def test_counting_tokens_holds_no_copy_of_them() -> None:
+    tokens = np.repeat(np.arange(9, dtype=np.uint32), 1 << 19)
+    tracemalloc.start()
+    counts = token_counts(tokens, 12)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.tolist() == [1 << 19] * 9 + [0] * 3
+    assert peak < tokens.nbytes
 
 
 def test_the_unigram_baseline_is_what_one_computes_by_hand(tmp_path) -> None:
