@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .matrices import MATRICES, Inputs, Placed, Settings, StructuredMatrix
+from .matrices import MATRICES, Inputs, Placed, Projected, Settings, StructuredMatrix
 from .ops import Documents, Layout, layout, per_document, rows
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
-STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
+STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states", "impl", "recompute"}
 FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
 
 
@@ -34,7 +34,8 @@ class MatrixMixer(nn.Module):
         d_conv: width of the convolution, odd.
         max_length: longest sequence of the fixed form; some data-dependent classes scale by it.
         data_dependent: False for the fixed form; None takes the data-dependent one where the class has it.
-        dt_limit, dt_min, dt_max, dt_init_floor, A_init_range, learnable_init_states: for classes with a state.
+        dt_limit, dt_min, dt_max, dt_init_floor, A_init_range, learnable_init_states: for classes with a state; so are
+        impl, of the product, and recompute, for less memory and more time on a GPU.
     """
 
     def __init__(
@@ -151,11 +152,17 @@ class MatrixMixer(nn.Module):
         check_input(u, self.d_model)
         place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
         if place is None:
-            return self._matrix(self._project(u, None)[1])
-        return Placed(None, (self._matrix(self._project(place.take(u), place.documents)[1]),), (place,))
+            return self._matrix(self._inputs(self.in_proj(u), None)[1])
+        inner = self._inputs(self.in_proj(place.take(u)), place.documents)[1]
+        return Placed(None, (self._matrix(inner),), (place,))
 
     def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
-        z, inputs = self._project(u, documents)
+        projected = self.in_proj(u)
+        if not self.bare and self.data_dependent:
+            y = self.matrix_class.fused(self._block(projected, documents))
+            if y is not None:
+                return self.out_proj(y)
+        z, inputs = self._inputs(projected, documents)
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
             y = y + inputs.x if self.matrix_class.skip else y
@@ -177,9 +184,16 @@ class MatrixMixer(nn.Module):
         layouts = tuple(rows(documents))
         return Placed(None, tuple(self.matrix_class.build(_taken(inputs, layout)) for layout in layouts), layouts)
 
-    def _project(self, u: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
+    def _block(self, projected: Tensor, documents: Documents | None) -> Projected:
+        conv, norm = self.conv1d, self.norm
+        parameters = {name: read(self, name) for name in self.own}
+        return Projected(
+            projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents
+        )
+
+    def _inputs(self, projected: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
         """The gate z and all that the matrix is built from."""
-        z, convolved, rest = self.in_proj(u).split(self.split, dim=-1)
+        z, convolved, rest = projected.split(self.split, dim=-1)
         if not self.bare:
             if documents is not None:
                 convolved = documents.zero_padding(convolved)

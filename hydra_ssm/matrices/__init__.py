@@ -1,7 +1,7 @@
 """Structured matrices: one file a class, and the names they go by."""
 
 from .attention import Attention
-from .base import Feature, Inputs, Placed, Settings, StructuredMatrix
+from .base import Feature, Inputs, Placed, Projected, Settings, StructuredMatrix
 from .butterfly import Monarch
 from .cauchy import Cauchy
 from .dense import Dense
@@ -31,5 +31,5 @@ MATRICES: dict[str, type[StructuredMatrix]] = {
     "concat": Concat,
 }
 
-__all__ = ["MATRICES", "Feature", "Inputs", "Placed", "Settings", "StructuredMatrix"]
+__all__ = ["MATRICES", "Feature", "Inputs", "Placed", "Projected", "Settings", "StructuredMatrix"]
 __all__ += [matrix.__name__ for matrix in MATRICES.values()]

@@ -30,6 +30,8 @@ class Settings:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     A_init_range: tuple[float, float] = (1.0, 1.0)
     learnable_init_states: bool = False
+    impl: str | None = None  # of the product, see `hydra_ssm.ops.semiseparable`; None chooses
+    recompute: bool = False  # fused kernels save memory in the forward pass and find again in the backward one
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class Inputs:
 
     x: Tensor  # (B, L, H, P) values that it will mix
     features: Mapping[str, Tensor]  # (B, L, *shape) each; in the fixed form all rows of the batch are alike
+    parameters: Mapping[str, Tensor]
+    settings: Settings
+    documents: Documents | None
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a block has after its input projection, and all that it uses before its output projection."""
+
+    projected: Tensor  # (B, L, z | x and the features that pass the convolution | the other features)
+    conv_weight: Tensor  # (C, 1, width)
+    conv_bias: Tensor | None  # (C,)
+    norm_weight: Tensor  # (d_inner,)
+    norm_eps: float
     parameters: Mapping[str, Tensor]
     settings: Settings
     documents: Documents | None
@@ -88,6 +104,11 @@ class StructuredMatrix(ABC):
     @abstractmethod
     def build(cls, inputs: Inputs) -> Self:
         """The matrix of these features and parameters."""
+
+    @classmethod
+    def fused(cls, block: Projected) -> Tensor | None:
+        """All of the block between its projections (B, L, d_inner) as one operation, where there is a kernel for it."""
+        return None
 
     @abstractmethod
     def entries(self) -> Tensor:

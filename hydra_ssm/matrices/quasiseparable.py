@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from ..ops import fused_block
+from .base import Projected
 from .semiseparable import Triangles
 
 
@@ -15,6 +19,19 @@ class Quasiseparable(Triangles):
 
     strict = True
     free_diagonal = True
+
+    @classmethod
+    def fused(cls, block: Projected) -> Tensor | None:
+        """Kernels for all of the block, where they run; not with one B and C for both directions or initial states."""
+        settings, own = block.settings, block.parameters
+        if cls.shared or settings.learnable_init_states:
+            return None
+        return fused_block(
+            block.projected, block.conv_weight, block.conv_bias, own["dt_bias"], own["A_log"], own["D"],
+            own["fc_D.weight"], block.norm_weight,
+            (settings.nheads, settings.headdim, settings.ngroups, settings.d_state), settings.dt_limit,
+            block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute,
+        )  # fmt: skip
 
 
 class SharedQuasiseparable(Quasiseparable):

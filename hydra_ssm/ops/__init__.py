@@ -1,5 +1,6 @@
 """Functions on tensors, no parameters: what the mixers compute."""
 
+from .block import fused_block
 from .conv import short_conv
 from .documents import Documents, Layout, layout, per_document, rows
 from .norm import gated_rms_norm
@@ -10,6 +11,7 @@ __all__ = [
     "Documents",
     "Layout",
     "Triangle",
+    "fused_block",
     "gated_rms_norm",
     "layout",
     "per_document",
