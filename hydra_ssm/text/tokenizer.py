@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +60,11 @@ def _ends_word(character: str) -> bool:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder that `save_pretrained` wrote, or of a vocab.txt with one token a line.
 
-    Raises FileNotFoundError where there is none, ValueError where it lacks one of the special tokens.
+    A vocabulary is for lower-case text as BERT's is, unless do_lower_case in a tokenizer_config.json beside it says
+    otherwise, or, where there is none, a token has a capital letter.
+
+    Raises FileNotFoundError where there is no tokenizer, ValueError where it lacks one of the special tokens, or a
+    vocabulary names a token twice.
     """
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "vocab.txt").exists():
@@ -81,18 +87,26 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def _from_vocabulary(path: Path) -> PreTrainedTokenizerFast:
     try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")  # tokens hold other line ends
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text with one token a line: {error}") from None
+    tokens = [line.removesuffix("\r") for line in lines]
+    twice = [token for token, times in Counter(tokens).items() if times > 1]
+    if twice:
+        raise ValueError(f"{path} must name each token once, it names {twice[0]!r} more than once")
     missing = set(SPECIAL.values()) - set(tokens)
     if missing:
         raise ValueError(f"{path} must hold {', '.join(SPECIAL.values())}, it lacks {', '.join(sorted(missing))}")
-    return _fast(_wordpiece({token: number for number, token in enumerate(tokens)}))
+    plain = all(token == token.lower() for token in tokens if token not in SPECIAL.values())
+    beside = path.with_name("tokenizer_config.json")
+    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return _fast(_wordpiece(vocabulary, config.get("do_lower_case", plain), config.get("strip_accents")))
 
 
-def _wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+def _wordpiece(vocabulary: dict[str, int], lowercase: bool = True, strip_accents: bool | None = None) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
