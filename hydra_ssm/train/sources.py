@@ -98,7 +98,7 @@ def open_source(source: str, column: str) -> Texts:
     if path.is_dir():
         return _folder(path, column)
     if path.is_file():
-        return _data_files([path], column) if path.suffix in DATA else Files([path])
+        return _data_file(path, column) if path.suffix in DATA else Files([path])
     if path.suffix in TEXT | DATA.keys() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
         raise UserError(f"there is no file or folder {source}")
     return _hub(source, column)
@@ -108,27 +108,39 @@ def _folder(path: Path, column: str) -> Texts:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _column(require("datasets", "train").load_from_disk(str(path)), column, str(path))
     files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    texts = [p for p in files if p.suffix in TEXT and p.stat().st_size]
-    if texts:
-        return Files(texts)
+    texts = [p for p in files if p.suffix in TEXT and not _is_blank(p)]
     data = [p for p in files if p.suffix in DATA]
-    if not data:
+    if texts and data:
+        raise UserError(
+            f"the folder {path} must hold text or data files, it holds both: name {data[0].relative_to(path)} or "
+            f"{texts[0].relative_to(path)}, or a folder of one kind"
+        )
+    if not texts and not data:
         kinds = ", ".join(sorted(TEXT | DATA.keys()))
         raise UserError(f"the folder {path} must hold text or data files ({kinds}), it holds none that is not empty")
-    return _data_files(data, column)
+    return Files(texts) if texts else _data_folder(path, data, column)
+
+
+def _is_blank(path: Path) -> bool:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        return not any(map(str.strip, lines))
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _data_files(paths: Sequence[Path], column: str) -> Texts:
-    kinds = {DATA[path.suffix] for path in paths}
+def _data_folder(path: Path, files: Sequence[Path], column: str) -> Texts:
+    """Of files that are named after splits, as train.jsonl and test.jsonl, those of the split train."""
+    kinds = {DATA[file.suffix] for file in files}
     if len(kinds) > 1:
-        raise UserError(f"data files must be of one kind, {paths[0].parent} holds {', '.join(sorted(kinds))}")
-    kind = kinds.pop()
-    dataset = _load(f"cannot read {paths[0]} as {kind}", kind, data_files=[str(path) for path in paths])
-    return _column(dataset, column, str(paths[0]))
+        raise UserError(f"data files must be of one kind, {path} holds {', '.join(sorted(kinds))}")
+    return _column(_load(f"cannot read {path} as {kinds.pop()}", str(path)), column, str(path))
+
+
+def _data_file(path: Path, column: str) -> Texts:
+    kind = DATA[path.suffix]
+    return _column(_load(f"cannot read {path} as {kind}", kind, data_files=[str(path)]), column, str(path))
 
 
 def _hub(source: str, column: str) -> Texts:

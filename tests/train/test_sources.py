@@ -1,5 +1,6 @@
 """Documents from wherever text is."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ def test_a_folder_gives_its_text_files_and_those_of_its_folders(tmp_path: Path) 
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / ".git").mkdir()
     files = {"b.txt": "bé", "deep/a.md": "a", "deep/er/c.rst": "c", "empty.txt": "", ".git/d.txt": "d", "e.py": "e"}
+    files["blank.md"] = "\ufeff \n\n\t\n"
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert list(open_source(str(tmp_path), "text")) == ["bé", "a", "c"]
@@ -38,6 +40,32 @@ def test_a_data_set_gives_its_texts(kind: str, tmp_path: Path, monkeypatch: pyte
     assert list(open_source(str(path), "body")) == texts
     with pytest.raises(ValueError, match=r"a column of texts named n, it has n, body: choose one with --column"):
         open_source(str(path), "n")
+
+
+def test_a_folder_of_two_kinds_of_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "much"}\n', encoding="utf-8")
+    (tmp_path / "README.md").write_text("how it was collected", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"text or data files, it holds both: name data/train.jsonl or README.md"):
+        open_source(str(tmp_path), "text")
+    (tmp_path / "README.md").write_text("\n", encoding="utf-8")
+    (tmp_path / "data" / "more.csv").write_text("text\nmore\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data files must be of one kind, .* holds csv, json"):
+        open_source(str(tmp_path), "text")
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("data/train-0", "data/validation-0"), ("a/b", None)])
+def test_other_splits_of_a_folder_are_not_trained_on(
+    names: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in filter(None, names):
+        path = tmp_path / "folder" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+    assert list(open_source(str(tmp_path / "folder"), "text")) == [names[0]]
 
 
 def test_one_document_in_twenty_is_held_out() -> None:
