@@ -18,10 +18,9 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from ..ops import layout
+from .collators import IGNORED
 from .config import HydraConfig
 from .models import HydraInputs, HydraModel, HydraPreTrainedModel
-
-IGNORED = -100  # the label of what no loss is taken of
 
 
 def _named(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,25 +80,25 @@ class HydraForMaskedLM(HydraPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **inputs: Unpack[HydraInputs],
     ) -> MaskedLMOutput:
-        """Logits (B, L, vocab_size); with labels the loss, and logits where a token is to be predicted alone.
+        """Logits (B, L, vocab_size), with labels the loss.
 
         Args:
-            labels: (B, L) the words to predict, -100 elsewhere. Logits are then (n, vocab_size), of the n labelled
-                tokens in the order of `labels[labels != -100]`: the other tokens cost no decoding.
+            labels: (B, L) the words to predict, -100 elsewhere. In training mode logits are then (n, vocab_size), of
+                the n labelled tokens in the order of `labels[labels != -100]`: the others cost no decoding.
             num_items_in_batch: divide the summed loss by this many instead of n, as gradient accumulation needs.
             inputs: see HydraInputs.
         """
         outputs = self.model(input_ids, attention_mask, token_type_ids, **_named(inputs))
         h, loss = outputs.last_hidden_state, None
-        if labels is None:
-            logits = self.predict(h)
-        else:
+        if labels is not None:
             if labels.shape != h.shape[:2]:
                 raise ValueError(f"labels must be (batch, length) = {tuple(h.shape[:2])}, got {tuple(labels.shape)}")
             chosen = labels != IGNORED
-            logits, labels = self.predict(h[chosen]), labels[chosen]
-            count = torch.as_tensor(len(labels) if num_items_in_batch is None else num_items_in_batch)
-            loss = F.cross_entropy(_wide(logits), labels, reduction="sum") / count.clamp(min=1)
+            h, labels = (h[chosen], labels[chosen]) if self.training else (h, labels)
+        logits = self.predict(h)
+        if labels is not None:
+            count = chosen.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            loss = F.cross_entropy(_wide(logits).flatten(0, -2), labels.flatten(), reduction="sum") / count.clamp(min=1)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def predict(self, h: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def test_packed_documents_come_out_as_if_alone(exact: HydraForMaskedLM, padded: 
         kept = mask[0, start:end].bool()
         alone = exact(ids[:, start:end][:, kept]).logits
         torch.testing.assert_close(packed[0, start:end][kept], alone[0], rtol=0, atol=1e-12)
-    chosen = exact(ids, mask, labels=labels, cu_seqlens=offsets.int()).logits
-    torch.testing.assert_close(chosen, packed[labels != -100], rtol=0, atol=1e-12)
+    loss = exact(ids, mask, labels=labels, cu_seqlens=offsets.int()).loss
+    torch.testing.assert_close(loss, F.cross_entropy(packed[labels != -100], labels[labels != -100]))
 
 
 def test_a_classifier_reads_the_first_token_of_each_document(exact: HydraForMaskedLM) -> None:
@@ -92,14 +92,17 @@ def test_documents_beyond_the_learned_positions_are_refused_and_long_rows_are_no
 # ---------------------------------------------------------------------------------------------------------------- heads
 
 
-def test_a_masked_lm_decodes_labelled_tokens_alone(exact: HydraForMaskedLM) -> None:
+def test_in_training_a_masked_lm_decodes_labelled_tokens_alone(exact: HydraForMaskedLM) -> None:
     ids, labels = words(2, 9), torch.full((2, 9), -100)
     labels[0, 3], labels[1, 0], labels[1, 8] = 7, 8, 9
     full = exact(ids).logits
     decoded: list[tuple[int, ...]] = []
     exact.decoder.register_forward_hook(lambda _, inputs, __: decoded.append(tuple(inputs[0].shape)))
+    assert torch.equal(exact(ids, labels=labels).logits, full)
+    for module in exact.modules():
+        module.training = not isinstance(module, torch.nn.Dropout)
     output = exact(ids, labels=labels)
-    assert decoded == [(3, 32)]
+    assert decoded == [(2, 9, 32), (3, 32)]
     torch.testing.assert_close(output.logits, full[labels != -100], rtol=0, atol=1e-12)
     loss = F.cross_entropy(full.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(output.loss, loss)
@@ -113,12 +116,12 @@ def test_a_batch_with_nothing_to_predict_has_no_loss_and_no_nan() -> None:
         output = model(words(2, 5), labels=torch.full((2, 5), -100), num_items_in_batch=count)
         output.loss.backward()
         assert output.loss == 0
-    assert output.logits.shape == (0, VOCABULARY)
+        assert output.logits.shape == (0, VOCABULARY)
     assert all(p.grad is None or p.grad.eq(0).all() for p in model.parameters())
 
 
 TASKS: dict[str, tuple[type[PreTrainedModel], dict[str, Any], Callable[[], dict[str, Tensor]], tuple[int, ...]]] = {
-    "masked words": (HydraForMaskedLM, {}, lambda: {"labels": words(3, 7)}, (21, VOCABULARY)),
+    "masked words": (HydraForMaskedLM, {}, lambda: {"labels": words(3, 7)}, (3, 7, VOCABULARY)),
     "one class": (
         HydraForSequenceClassification,
         {"num_labels": 3},

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, tiny, words
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForMaskedLM, pipeline
+from transformers import AutoModel, AutoModelForMaskedLM, EvalPrediction, Trainer, TrainingArguments, pipeline
 
 from hydra_ssm.encoder import EncoderLayer
 from hydra_ssm.mixer import FLOAT32
@@ -151,6 +151,20 @@ def test_what_a_checkpoint_lacks_is_drawn_as_in_a_new_model(tmp_path: Path) -> N
             torch.testing.assert_close(found.std(), value.std(), rtol=0.3, atol=0, msg=name)
     steps = F.softplus(model.model.encoder.layers[0].mixer.dt_bias)
     assert ((steps > 0.9e-3) & (steps < 1.1e-1)).all()
+
+
+def test_a_trainer_gathers_a_prediction_for_each_token(tmp_path: Path) -> None:
+    model, ids = HydraForMaskedLM(tiny()), words(7, 9)
+    labels = torch.where(torch.rand(7, 9) < 0.3, ids, -100)
+    seen: list[EvalPrediction] = []
+    Trainer(
+        model,
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True),
+        eval_dataset=[{"input_ids": i, "labels": w} for i, w in zip(ids, labels, strict=True)],
+        compute_metrics=lambda found: seen.append(found) or {},
+    ).evaluate()
+    torch.testing.assert_close(torch.tensor(seen[0].predictions), model.eval()(ids).logits.detach())
+    assert torch.equal(torch.tensor(seen[0].label_ids), labels)
 
 
 def test_resized_embeddings_stay_tied_and_keep_old_words(tmp_path: Path) -> None:
