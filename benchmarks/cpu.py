@@ -8,15 +8,12 @@ memory linear; faster than attention from L = 4096 on.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -24,6 +21,8 @@ from pathlib import Path
 import torch
 
 from hydra_ssm import Hydra, SelfAttention
+from hydra_ssm.bench.clock import interleaved
+from hydra_ssm.bench.machine import device_name
 from hydra_ssm.ops import Triangle, semiseparable
 
 WIDTH, TOLERANCE = 256, 1e-4
@@ -184,19 +183,6 @@ def high_water() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def interleaved(runs: dict, repeats: int) -> dict:
-    """Median seconds of each, taken in turns so that a slow minute of the machine falls on all."""
-    seconds: dict = {name: [] for name in runs}
-    for attempt in range(repeats + 1):
-        for name, run in runs.items():
-            gc.collect()
-            start = time.perf_counter()
-            run()
-            if attempt:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def check(what: str, found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     error = max(float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, expected, strict=True))
     if not error < TOLERANCE:
@@ -215,10 +201,8 @@ def verdict(what: str, bar: str, met: bool) -> None:
 
 
 def machine() -> dict[str, str | int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     found: dict[str, str | int] = {
-        "cpu": names[0].partition(": ")[2] if names else platform.processor(), "threads": torch.get_num_threads(),
+        "cpu": device_name(torch.device("cpu")), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "date": date.today().isoformat(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"), "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip

@@ -23,6 +23,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   fill-mask    show the likeliest words for each [MASK] of a text
   embed        write a vector for each paragraph of a file
   convert      turn a released checkpoint into a folder that transformers loads
+  bench        time a layer on this machine, beside attention
 
 examples:
 
@@ -30,6 +31,7 @@ examples:
   hydra-ssm pretrain notes/ book.txt --out runs/mine    on your own files and folders
   hydra-ssm fill-mask runs/mine "A [MASK] sentence."    what it learned
   hydra-ssm embed runs/mine notes/today.md              a vector for each paragraph
+  hydra-ssm bench --plot speed.png                      checked, then timed: a table and a picture
 
 HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 """
@@ -37,7 +39,7 @@ HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on stderr and code 2."""
-    if argv is None and sys.argv[1:2] == ["pretrain"]:
+    if argv is None and sys.argv[1:2] in (["pretrain"], ["bench"]):
         _let_waiting_threads_sleep()
     given = list(sys.argv[1:] if argv is None else argv)
     try:

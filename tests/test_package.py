@@ -29,6 +29,7 @@ LEVEL = {
     "root": 5,
     "text": 6,
     "vision": 6,
+    "bench": 6,
     "train": 7,
     "cli": 8,
 }

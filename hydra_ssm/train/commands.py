@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -196,6 +196,64 @@ def convert(
     print(f"wrote {out}; it holds no tokenizer: save that of bert-base-uncased there, then use it as any model")
 
 
+def bench(
+    *,
+    device: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: a GPU, else cpu)")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        arg(metavar="NAME", help_behavior_hint="(default: bfloat16, on a CPU float32)"),
+    ] = None,
+    d_model: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 768, on a CPU 256)")] = None,
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 32768, on a CPU 2048)")] = None,
+    lengths: Annotated[
+        tuple[int, ...] | None,
+        arg(metavar="N ...", help_behavior_hint="(default: 128 to 131072, on a CPU to 2048)"),
+    ] = None,
+    layers: Annotated[tuple[Literal["hydra", "attention"], ...], arg(metavar="NAME ...")] = ("hydra", "attention"),
+    plot: Annotated[Path | None, arg(metavar="FILE.png", help_behavior_hint="")] = None,
+    json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
+) -> None:
+    """Time a Hydra layer on this machine, beside attention; checked before it is timed.
+
+    The table tells milliseconds forward and of a step (forward and backward), memory of a step, tokens a second, and
+    how near that is to what the machine could do, by its speed at copies and matrix products, which is measured too. A
+    second table has the quasiseparable product alone, beside the scans of mamba_ssm and flash-linear-attention, called
+    once for each direction, where these are installed.
+
+    In use:
+        hydra-ssm bench
+        hydra-ssm bench --lengths 128 1024 8192 --plot speed.png --json speed.json
+        hydra-ssm bench --device cpu --d-model 128 --tokens 4096 --layers hydra
+
+    Args:
+        device: cpu, cuda, cuda:1, ...
+        dtype: Of the layers' arithmetic: float32, bfloat16 or float16, the latter two by autocast.
+        d_model: Width of the layers, a multiple of 64.
+        tokens: In a step: batches are tokens / length sequences, at least one.
+        lengths: Of the sequences.
+        layers: Which layers: hydra, attention (the Transformer's, through scaled_dot_product_attention).
+        plot: Draw time per token against length there.
+        json: Write the figures there, with device, versions and command.
+    """
+    for option, path in (("plot", plot), ("json", json)):  # now, not after the measurements
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{option} must be a file, {path} is a folder")
+    if plot is not None:
+        require("matplotlib", "train")
+    from ..bench import Settings as Measured
+    from ..bench import report, run
+
+    found = run(Measured.of(device, dtype, d_model, tokens, lengths, layers))
+    if json is not None:
+        report.write_json(json, found)
+    if plot is not None:
+        rows = [report.Row(**row) for row in found["layers"]]
+        report.draw(plot, rows, f"{found['machine']['device']}, {found['settings']['dtype']}")
+    for path in (json, plot):
+        if path is not None:
+            print(f"wrote {path}")
+
+
 def _shortened(text: str) -> str:
     return textwrap.shorten(text, 100, placeholder=" ...")
 
@@ -205,4 +263,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill-mask": fill_mask,
     "embed": embed,
     "convert": convert,
+    "bench": bench,
 }

@@ -1,0 +1,107 @@
+"""Times of repeated runs, and the memory that one takes, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Name = TypeVar("Name", bound=Hashable)
+Run = Callable[[], object]
+FLUSH = 1 << 28  # bytes, several times the L2 cache of any GPU
+
+
+def timed(
+    runs: Mapping[Name, Run], device: torch.device, typical: Callable[[list[float]], float] = statistics.median
+) -> dict[Name, float]:
+    """Typical seconds of each run, after a warm-up."""
+    if device.type == "cpu":
+        return interleaved(runs, 5, typical)
+    return {name: typical(on_gpu(run, device)) for name, run in runs.items()}
+
+
+def interleaved(
+    runs: Mapping[Name, Run], repeats: int, typical: Callable[[list[float]], float] = statistics.median
+) -> dict[Name, float]:
+    """Typical seconds of each, taken in turns so that a slow minute of the machine falls on all."""
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through before each run
+    for attempt in range(repeats + 1):
+        for name, run in runs.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            if attempt:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    gc.unfreeze()
+    return {name: typical(values) for name, values in seconds.items()}
+
+
+def on_gpu(run: Run, device: torch.device, budget: float = 0.3) -> list[float]:
+    """Seconds between two events around a run, the L2 cache overwritten before each; about `budget` seconds."""
+    with torch.cuda.device(device):
+        for _ in range(3):  # kernels are compiled and chosen
+            run()
+        estimate = _between_events(run, [None] * 3)
+        cache = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+        repeats = min(100, max(5, int(budget / max(statistics.mean(estimate), 1e-6))))
+        return _between_events(run, [cache] * repeats)
+
+
+def _between_events(run: Run, caches: list[torch.Tensor | None]) -> list[float]:
+    """Seconds of a run after overwriting each of the caches, queued without a wait in between."""
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in caches]
+    torch.cuda.synchronize()
+    for cache, (start, end) in zip(caches, pairs, strict=True):
+        if cache is not None:
+            cache.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def peak_bytes(run: Run, device: torch.device) -> int | None:
+    """Most bytes held during a run above those held before it; None where the system does not tell.
+
+    On a GPU those of torch's allocator, on a CPU those of the process.
+    """
+    gc.collect()
+    if device.type == "cpu":
+        return _peak_of_process(run)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_of_process(run: Run) -> int | None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free in the process would not be counted when it is used again
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+        before = _status("VmRSS")
+    except (OSError, AttributeError, TypeError):  # not Linux, or without glibc
+        return None
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    """Bytes that /proc states of this process."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition(f"{key}:")[2].split()[0])
+
+
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate: a class of its own on GPUs, a sentence on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
