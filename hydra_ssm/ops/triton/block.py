@@ -199,6 +199,7 @@ def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Te
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     *tensors, shape, low, high, eps, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros as large as all that is kept would be written, to be thrown away
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.options = shape, low, high, eps
 

@@ -34,15 +34,21 @@ def _features(u, i, begin, limit, chunk, stride, n, DIRECTION: tl.constexpr, REA
 
 
 @triton.jit
+def _product(a, b, PACKED: tl.constexpr):
+    """a b, elementwise, in float32; PACKED: rounded as a and b are, in half the registers."""
+    if PACKED:
+        return (a * b).to(tl.float32)
+    return a.to(tl.float32) * b.to(tl.float32)
+
+
+@triton.jit
 def _through(values, state, us, weight, PACKED: tl.constexpr, PRECISION: tl.constexpr):
     """What the values of a head give to the features' gradient through a state, and row by row its product with them."""
     part = tl.dot(values, tl.trans(state), input_precision=PRECISION) * weight[:, None]
     if PACKED:
         # In the products' own precision: a loop would keep the features in float32 registers instead.
-        along = (part.to(us.dtype) * us).to(tl.float32)
-    else:
-        along = part * us.to(tl.float32)
-    return part, tl.sum(along, 1)
+        return part, tl.sum(_product(part.to(us.dtype), us, PACKED), 1)
+    return part, tl.sum(_product(part, us, PACKED), 1)
 
 
 @triton.jit
@@ -134,13 +140,13 @@ def _part(
             g = tl.exp2(total_f)
             if HAS_IDS:
                 g *= (left == last).to(tl.float32)
-            product = state_f.to(tl.float32) * other.to(tl.float32)
+            product = _product(state_f, other, PACKED)
         else:
             other = tl.load(other_states + (h * (N * P) + state_stride) + entry)
             g = tl.exp2(total_b)
             if HAS_IDS:
                 g *= (right == first).to(tl.float32)
-            product = state_b.to(tl.float32) * other.to(tl.float32)
+            product = _product(state_b, other, PACKED)
         tl.store(products + (1 - READS) * product_stride + h * chunks, g * tl.sum(product))
     to = through + i[:, None] * N + n[None, :]
     tl.store(to, grad_f)

@@ -44,6 +44,6 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
-        states=StatesConfig(local=batch * H < 64, warps=4, stages=2 if chunk == 128 and L <= 512 else 3),
+        states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
     )

@@ -6,7 +6,8 @@ Per chunk, from the states that enter it (u and v rows of features and values, d
                                                        T: u = C of the row's neighbour, v = dy, w = 2^row_j
 
 A program walks over the chunks of a few heads and one direction with their states in registers. Where heads are too
-few to fill the device, every chunk's own part is found at once, and a scan joins them.
+few to fill the device, it walks over a stretch of the chunks: a first walk finds what each stretch adds, a scan over the
+stretches what enters each of them, and a second walk starts from there.
 """
 
 from __future__ import annotations
@@ -43,9 +44,11 @@ def _walk(
     totals,
     ids,
     states,
+    borders,
     L,
     H,
     chunks,
+    stretches,
     batch,
     head,
     first,
@@ -55,7 +58,8 @@ def _walk(
     stride_vh,
     DIRECTION: tl.constexpr,
     ADJOINT: tl.constexpr,
-    LOCAL: tl.constexpr,
+    BORDERS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
     Q: tl.constexpr,
@@ -75,14 +79,18 @@ def _walk(
     entry = (p // P * (N * P) + p % P)[None, :] + n[:, None] * P
     slot = (DIRECTION * tl.num_programs(2) + batch).to(tl.int64)  # (direction, batch) as one number
     state = tl.zeros([N, HEADS * P], tl.float32)
+    if BORDERS:
+        borders += ((slot * stretches + tl.program_id(1)) * H + head) * (N * P) + entry
+        if not FIRST:
+            state = tl.load(borders)
     for s in tl.range(0, count, num_stages=STAGES):
         if RIGHT:
             chunk = first + s
         else:
             chunk = first + count - 1 - s
-        at = ((slot * chunks + chunk) * H + head) * (N * P)
-        if not LOCAL:
-            tl.store(states + at + entry, state.to(states.dtype.element_ty))
+        if not FIRST:
+            to = states + ((slot * chunks + chunk) * H + head) * (N * P) + entry
+            tl.store(to, state.to(states.dtype.element_ty))
         begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         inside = (i < limit)[:, None]
@@ -117,11 +125,9 @@ def _walk(
                 w = tl.where((id_ == last)[:, None], w, 0.0)
             g = tl.where(before == last, g, 0.0)
         vs = (vs.to(tl.float32) * w).to(us.dtype)
-        if LOCAL:
-            state = tl.dot(tl.trans(us), vs, input_precision=PRECISION)
-            tl.store(states + at + entry, state.to(states.dtype.element_ty))
-        else:
-            state = tl.dot(tl.trans(us), vs, state * g, input_precision=PRECISION)
+        state = tl.dot(tl.trans(us), vs, state * g, input_precision=PRECISION)
+    if FIRST:
+        tl.store(borders, state)
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "stretch"])
@@ -134,6 +140,7 @@ def _states_kernel(
     totals,
     ids,
     states,
+    borders,
     L,
     H,
     heads_per_group,
@@ -149,7 +156,8 @@ def _states_kernel(
     stride_vl,
     stride_vh,
     ADJOINT: tl.constexpr,
-    LOCAL: tl.constexpr,
+    BORDERS: tl.constexpr,
+    FIRST: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
     Q: tl.constexpr,
@@ -174,34 +182,35 @@ def _states_kernel(
     ids += batch * L
     if direction == 0:
         _walk(
-            u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, L, H, chunks,
-            batch, head, first, count, stride_fl, stride_vl, stride_vh,
-            0, ADJOINT, LOCAL, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
+            u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, H,
+            chunks, tl.num_programs(1), batch, head, first, count, stride_fl, stride_vl, stride_vh,
+            0, ADJOINT, BORDERS, FIRST, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _walk(
-            u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, L, H, chunks,
-            batch, head, first, count, stride_bl, stride_vl, stride_vh,
-            1, ADJOINT, LOCAL, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
+            u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, H,
+            chunks, tl.num_programs(1), batch, head, first, count, stride_bl, stride_vl, stride_vh,
+            1, ADJOINT, BORDERS, FIRST, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["L", "chunks"])
+@triton.jit(do_not_specialize=["L", "chunks", "stretch"])
 def _join_kernel(
-    states,
+    borders,
     totals,
     ids,
     L,
     H,
     chunks,
+    stretch,
     ADJOINT: tl.constexpr,
     HAS_IDS: tl.constexpr,
     Q: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    """In place, from each chunk's own part to the state that enters it. Grid (parts of N P, H, 2 B)."""
+    """In place, from what each stretch adds to the state that enters it. Grid (parts of N P, H, 2 B)."""
     slot = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1)
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -209,29 +218,36 @@ def _join_kernel(
     direction, batch = slot // size, slot % size
     totals += (batch * H + head) * (chunks * 2) + direction
     ids += batch * L
+    stretches = tl.cdiv(chunks, stretch)
     state = tl.zeros([BLOCK], tl.float32)
-    for s in tl.range(0, chunks, num_stages=STAGES):
-        chunk = tl.where(direction == ADJOINT, s, chunks - 1 - s)
-        at = states + ((slot * chunks + chunk) * H + head) * SIZE + entry
+    for s in range(stretches):
+        number = tl.where(direction == ADJOINT, s, stretches - 1 - s)
+        at = borders + ((slot * stretches + number) * H + head) * SIZE + entry
         own = tl.load(at)
-        g = tl.exp2(tl.load(totals + chunk * 2))
+        first = number * stretch
+        end = tl.minimum(first + stretch, chunks)
+        total = 0.0
+        for k in range(0, stretch, CHUNKS):
+            c = first + k + tl.arange(0, CHUNKS)
+            total += tl.sum(tl.load(totals + c * 2, mask=c < end, other=0.0))
+        g = tl.exp2(total)
         if HAS_IDS:
-            end = tl.minimum(chunk * Q + Q, L)
-            before = tl.where(direction == 0, chunk * Q - 1, end)
+            after = tl.minimum(end * Q, L)
+            before = tl.where(direction == 0, first * Q - 1, after)
             inside = (before >= 0) & (before < L)
             before = tl.load(ids + before, mask=inside, other=-2)
-            last = tl.load(ids + tl.where(direction == 0, end - 1, chunk * Q))
+            last = tl.load(ids + tl.where(direction == 0, after - 1, first * Q))
             g = tl.where(before == last, g, 0.0)
-        tl.store(at, state.to(own.dtype))
-        state = state * g + own.to(tl.float32)
+        tl.store(at, state)
+        state = state * g + own
 
 
 @dataclass(frozen=True)
 class StatesConfig:
-    """Heads a program walks with (1 or 2), whether chunks are taken apart and joined by a scan, warps and stages."""
+    """Heads a program walks with (1 or 2), chunks of a stretch (0: all of them in one walk), warps and stages."""
 
     heads: int = 1
-    local: bool = False
+    stretch: int = 0
     warps: int = 4
     stages: int = 2
 
@@ -247,19 +263,29 @@ def chunk_states(
     batch, L, H, P = v.shape
     G, N = u_f.shape[2:]
     chunks = triton.cdiv(L, Q)
+    stretch = config.stretch if 0 < config.stretch < chunks else chunks
+    stretches = triton.cdiv(chunks, stretch)
     states = torch.empty(2, batch, chunks, H, N, P, dtype=v.dtype, device=v.device)
-    stretch = 1 if config.local else chunks
-    _states_kernel[2 * H // config.heads, triton.cdiv(chunks, stretch), batch](
-        u_f, u_b, v, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-        v if ids is None else ids, states, L, H, H // G, chunks, stretch, *u_f.stride()[:3],
-        *u_b.stride()[:3], *v.stride()[:3], ADJOINT=int(adjoint), LOCAL=config.local, HAS_IDS=ids is not None,
-        FOLDED=decays.steps is None, Q=Q, N=N, P=P, HEADS=config.heads, PRECISION=precision,
-        STAGES=1 if config.local else config.stages, num_warps=config.warps,
-    )  # fmt: skip
-    if config.local:
-        part = min(N * P, 512)
-        _join_kernel[N * P // part, H, 2 * batch](
-            states, decays.totals, v if ids is None else ids, L, H, chunks, ADJOINT=int(adjoint),
-            HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, STAGES=4, num_warps=2,
+    borders = None
+    if stretches > 1:
+        borders = torch.empty(2, batch, stretches, H, N, P, dtype=torch.float32, device=v.device)
+
+    def walk(first: bool) -> None:
+        _states_kernel[2 * H // config.heads, stretches, batch](
+            u_f, u_b, v, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
+            v if ids is None else ids, states, decays.sums if borders is None else borders, L, H, H // G, chunks,
+            stretch, *u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3], ADJOINT=int(adjoint),
+            BORDERS=borders is not None, FIRST=first, HAS_IDS=ids is not None, FOLDED=decays.steps is None, Q=Q, N=N,
+            P=P, HEADS=config.heads, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
+
+    if borders is not None:
+        walk(first=True)
+        part = min(N * P, 256)
+        _join_kernel[N * P // part, H, 2 * batch](
+            borders, decays.totals, v if ids is None else ids, L, H, chunks, stretch, ADJOINT=int(adjoint),
+            HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, triton.next_power_of_2(stretch)),
+            num_warps=2,
+        )  # fmt: skip
+    walk(first=False)
     return states
