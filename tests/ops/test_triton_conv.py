@@ -19,7 +19,7 @@ def small():
     """Tiles so small that short rows have several of them, in both directions."""
     from hydra_ssm.ops.triton.conv import ConvConfig, ConvPlan
 
-    tile = ConvConfig(rows=16, channels=16, warps=1, groups=2)
+    tile = ConvConfig(rows=16, channels=16, warps=2, groups=2)
     return ConvPlan(forward=tile, diagonal=tile, gradient=tile, mirrored=tile)
 
 

@@ -24,34 +24,56 @@ from torch import Tensor
 
 
 @triton.jit
-def _reach(ids, r, before, after, WIDTH: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Bit t of each row r of a tile: whether its tap t is in the row of the batch, and in the same document.
+def _rows(BLOCK_L: tl.constexpr, SHARED: tl.constexpr):
+    """Rows of a tile as (SHARED, BLOCK_L / SHARED): the warps share the first axis, the second stays in a thread."""
+    return tl.arange(0, SHARED)[:, None] * (BLOCK_L // SHARED) + tl.arange(0, BLOCK_L // SHARED)[None, :]
 
-    Rows -before <= r < after exist around the tile; ids points to the tile's first.
+
+@triton.jit
+def _channels(start, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr):
+    """(1, 1, BLOCK_C) channels, of which a thread gets VECTOR neighbours: so many registers for each parameter."""
+    return (start + tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR))[None, None, :]
+
+
+@triton.jit
+def _one_document(ids, begin, L, HALF: tl.constexpr, BLOCK_L: tl.constexpr, HAS_IDS: tl.constexpr):
+    """Whether all taps of the tile at row `begin` reach a row. As most do, they go without masks.
+
+    A document's number belongs to it alone, so that two equal ones have no other between them.
     """
-    HALF: tl.constexpr = WIDTH // 2
-    bits = tl.zeros(r.shape, tl.int32)
+    last = begin + (BLOCK_L + HALF - 1)
+    whole = (begin >= HALF) & (last < L)
     if HAS_IDS:
-        own = tl.load(ids + r, mask=r < after, other=-1)
-    for t in tl.static_range(WIDTH):
-        j = r + (t - HALF)
-        there = (j >= -before) & (j < after) & (r < after)
-        if HAS_IDS:
-            there = there & (own >= 0) & (tl.load(ids + j, mask=there, other=-1) == own)
-        bits = bits | (there.to(tl.int32) << t)
-    return bits
+        left = tl.load(ids + tl.maximum(begin - HALF, 0))
+        whole = whole & (left >= 0) & (left == tl.load(ids + tl.minimum(last, L - 1)))
+    return whole
 
 
 @triton.jit
-def _tap(xs, stride, r, c, keep, bits, t: tl.constexpr, HALF: tl.constexpr):
-    """Rows r + t - HALF of x in its dtype, zero where the tap does not reach."""
-    mask = (((bits >> t) & 1) != 0)[:, None] & keep[None, :]
-    return tl.load(xs + (r + (t - HALF))[:, None] * stride + c[None, :], mask=mask, other=0.0)
+def _numbers(ids, r, begin, L, HAS_IDS: tl.constexpr):
+    """Document numbers of the tile's rows, -1 past the end of the row."""
+    i = begin + r[:, :, None]
+    if HAS_IDS:
+        return tl.load(ids + i, mask=i < L, other=-1)
+    else:
+        return tl.where(i < L, 0, -1)
 
 
 @triton.jit
-def _parameter(pointer, c, keep):
-    return tl.load(pointer + c, mask=keep, other=0.0).to(tl.float32)[None, :]
+def _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF: tl.constexpr, HAS_IDS: tl.constexpr):
+    """Rows r + t - HALF of x in float32, zero where the tap t, a number at run time, does not reach."""
+    j = r[:, :, None] + (t - HALF)
+    there = (begin + j >= 0) & (begin + j < L) & (own >= 0)
+    if HAS_IDS:
+        there = there & (tl.load(ids + begin + j, mask=there, other=-1) == own)
+    return tl.load(x + j * stride + c, mask=there & keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _parameter(pointer, c, keep, SHARED: tl.constexpr):
+    """(SHARED, 1, BLOCK_C): laid out over threads as a tile is, so that it need not go through shared memory."""
+    zero = tl.zeros([SHARED, 1, 1], tl.int32)
+    return tl.load(pointer + (c + zero), mask=keep & (zero == 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -63,7 +85,55 @@ def _projection(weight, start, inner, H, HEADS: tl.constexpr, BLOCK_C: tl.conste
     return tl.load(weight + h[:, None] * inner + c[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["L", "tiles"])
+@triton.jit
+def _weighted(
+    x, stride, weight, bias, ids, own, r, c, keep, begin, L, C, width, whole,
+    WIDTH: tl.constexpr, MIRROR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """The convolution of a tile.
+
+    Without masks a thread loads each of its rows, which are neighbours, once for all taps: the compiler sees that the
+    loads are the same. At borders the taps are a loop, which is slow but costs no registers.
+    """
+    HALF: tl.constexpr = WIDTH // 2
+    out = tl.zeros([SHARED, r.shape[1], c.shape[2]], tl.float32)
+    if HAS_BIAS:
+        out += _parameter(bias, c, keep, SHARED)
+    if whole:
+        for t in tl.static_range(WIDTH):
+            values = tl.load(x + (r[:, :, None] + (t - HALF)) * stride + c).to(tl.float32)
+            out += values * _parameter(weight + (WIDTH - 1 - t if MIRROR else t) * C, c, keep, SHARED)
+    else:
+        for t in tl.range(0, width):
+            values = _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF, HAS_IDS)
+            out += values * _parameter(weight + (WIDTH - 1 - t if MIRROR else t) * C, c, keep, SHARED)
+    return out
+
+
+@triton.jit
+def _add_products(
+    sums, g, x, stride, ids, own, r, c, keep, begin, L, width, whole, WIDTH: tl.constexpr, HAS_IDS: tl.constexpr
+):
+    """sums, one for each tap, and a tile's g times what the tap reads, over the rows of a thread."""
+    HALF: tl.constexpr = WIDTH // 2
+    if whole:
+        more = sums[:0]
+        for t in tl.static_range(WIDTH):
+            values = tl.load(x + (r[:, :, None] + (t - HALF)) * stride + c).to(tl.float32)
+            more = more + (sums[t] + tl.sum(g * values, 1, keep_dims=True),)  # noqa: RUF005
+        sums = more
+    else:
+        for t in tl.range(0, width):
+            values = _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF, HAS_IDS)
+            product = tl.sum(g * values, 1, keep_dims=True)
+            more = sums[:0]
+            for k in tl.static_range(WIDTH):
+                more = more + (sums[k] + tl.where(t == k, product, 0.0),)  # noqa: RUF005
+            sums = more
+    return sums
+
+
+@triton.jit(do_not_specialize=["L", "tiles", "width"])
 def _conv_kernel(
     x,
     weight,
@@ -79,6 +149,7 @@ def _conv_kernel(
     parts,
     inner,
     H,
+    width,
     stride_xb,
     stride_xl,
     stride_yb,
@@ -89,53 +160,54 @@ def _conv_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (B tiles parts): parts share a tile's channels, one where there are HEADS to project to."""
     HALF: tl.constexpr = WIDTH // 2
-    pid = tl.program_id(0).to(tl.int64)
-    part = (pid % parts).to(tl.int32)
-    tile = pid // parts % tiles
-    batch = pid // parts // tiles
-    begin = tile * BLOCK_L  # offsets inside a tile fit into 32 bits
-    r = tl.arange(0, BLOCK_L)
-    before = tl.minimum(begin, HALF).to(tl.int32)
-    after = tl.minimum(L - begin, BLOCK_L + HALF).to(tl.int32)
-    bits = _reach(ids + batch * L + begin, r, before, after, WIDTH, HAS_IDS)
-    x += batch * stride_xb + begin * stride_xl
-    y += batch * stride_yb + begin * stride_yl
+    pid = tl.program_id(0)
+    part = pid % parts
+    begin = (pid // parts % tiles) * BLOCK_L
+    batch = (pid // parts // tiles).to(tl.int64)
+    x += batch * stride_xb + begin.to(tl.int64) * stride_xl  # offsets inside a tile fit into 32 bits
+    y += batch * stride_yb + begin.to(tl.int64) * stride_yl
+    if HAS_IDS:
+        ids += batch * L
+    r = _rows(BLOCK_L, SHARED)
+    own = _numbers(ids, r, begin, L, HAS_IDS)
+    one_document = _one_document(ids, begin, L, HALF, BLOCK_L, HAS_IDS)
     if HEADS:
         sums = tl.zeros([BLOCK_L, HEADS], tl.float32)
     for start in tl.range(part * BLOCK_C, C, parts * BLOCK_C):
         start = tl.multiple_of(start, BLOCK_C)
-        c = start + tl.arange(0, BLOCK_C)
+        c = _channels(start, BLOCK_C, VECTOR)
         keep = c < C
-        out = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
-        if HAS_BIAS:
-            out += _parameter(bias, c, keep)
-        for t in tl.static_range(WIDTH):
-            values = _tap(x, stride_xl, r, c, keep, bits, WIDTH - 1 - t if MIRROR else t, HALF)
-            out += values.to(tl.float32) * _parameter(weight + t * C, c, keep)
+        whole = one_document & (start + BLOCK_C <= C)
+        out = _weighted(
+            x, stride_xl, weight, bias, ids, own, r, c, keep, begin, L, C, width, whole,
+            WIDTH, MIRROR, HAS_BIAS, HAS_IDS, SHARED,
+        )  # fmt: skip
         if ACTIVATION:
             out *= tl.sigmoid(out)
         if HAS_IDS:
-            out = tl.where(((bits >> HALF) & 1 != 0)[:, None], out, 0.0)  # the bias
+            out = tl.where(own >= 0, out, 0.0)  # the bias
         stored = out.to(y.dtype.element_ty)
-        tl.store(y + r[:, None] * stride_yl + c[None, :], stored, mask=(r < after)[:, None] & keep[None, :])
-        if HEADS:
-            if start < inner:
-                columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(stored.dtype)
-                values = tl.where((c < inner)[None, :], stored, 0.0)
-                sums = tl.dot(values, tl.trans(columns), sums, input_precision="ieee")
+        tl.store(y + r[:, :, None] * stride_yl + c, stored, mask=(begin + r < L)[:, :, None] & keep)
+        if HEADS and start < inner:
+            columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(stored.dtype)
+            values = tl.reshape(tl.where(c < inner, stored, 0.0), [BLOCK_L, BLOCK_C])
+            sums = tl.dot(values, tl.trans(columns), sums, input_precision="ieee")
     if HEADS:
+        i = tl.arange(0, BLOCK_L)
         h = tl.arange(0, HEADS)
         sums += tl.load(head_bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        mask = (r < after)[:, None] & (h < H)[None, :]
-        tl.store(d + (batch * L + begin) * H + (r[:, None] * H + h[None, :]), sums, mask=mask)
+        mask = (begin + i < L)[:, None] & (h < H)[None, :]
+        tl.store(d + (batch * L + begin) * H + (i[:, None] * H + h[None, :]), sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["L", "tiles", "all_tiles", "share"])
+@triton.jit(do_not_specialize=["L", "tiles", "all_tiles", "share", "width"])
 def _gradient_kernel(
     dy,
     x,
@@ -153,6 +225,7 @@ def _gradient_kernel(
     parts,
     inner,
     H,
+    width,
     stride_xb,
     stride_xl,
     WIDTH: tl.constexpr,
@@ -160,64 +233,62 @@ def _gradient_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HEADS: tl.constexpr,
-    KEEP: tl.constexpr,
+    SHARED: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Grid (groups parts): a program has one block of channels of `share` tiles of tokens."""
     HALF: tl.constexpr = WIDTH // 2
     dtype: tl.constexpr = x.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    group = pid // parts
-    start = (pid % parts).to(tl.int32) * BLOCK_C
-    c = start + tl.arange(0, BLOCK_C)
+    group = tl.program_id(0) // parts
+    start = tl.multiple_of(tl.program_id(0) % parts * BLOCK_C, BLOCK_C)
+    c = _channels(start, BLOCK_C, VECTOR)
     keep = c < C
-    r = tl.arange(0, BLOCK_L)
+    r = _rows(BLOCK_L, SHARED)
+    i = tl.arange(0, BLOCK_L)
+    h = tl.arange(0, HEADS if HEADS else 16)
     if HEADS:
-        h = tl.arange(0, HEADS)
         columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(dtype)
     # Sums over the rows that a thread has; those of other threads are added after the loop.
-    sums = ()
-    for _ in tl.static_range(WIDTH + HAS_BIAS):
-        sums = sums + (tl.zeros([KEEP, BLOCK_C], tl.float32),)
+    bias_sum = tl.zeros([SHARED, 1, BLOCK_C], tl.float32)
+    sums = (bias_sum,) * WIDTH
     first = group * share
     for number in tl.range(first, tl.minimum(first + share, all_tiles)):
-        batch = number // tiles
-        begin = (number % tiles) * BLOCK_L  # offsets inside a tile fit into 32 bits
-        before = tl.minimum(begin, HALF).to(tl.int32)
-        after = tl.minimum(L - begin, BLOCK_L + HALF).to(tl.int32)
-        bits = _reach(ids + batch * L + begin, r, before, after, WIDTH, HAS_IDS)
-        own = ((bits >> HALF) & 1) != 0
-        xs = x + (batch * stride_xb + begin * stride_xl)
-        taps = ()
-        for t in tl.static_range(WIDTH):
-            taps = taps + (_tap(xs, stride_xl, r, c, keep, bits, t, HALF),)
-        ds = dy + (batch * L + begin) * C + (r[:, None] * C + c[None, :])
-        g = tl.load(ds, mask=own[:, None] & keep[None, :], other=0.0).to(tl.float32)
-        if HEADS:
-            if start < inner:
-                mask = own[:, None] & (h < H)[None, :]
-                heads = tl.load(dd + (batch * L + begin) * H + (r[:, None] * H + h[None, :]), mask=mask, other=0.0)
-                more = tl.dot(heads.to(dtype), columns, input_precision="ieee")
-                g += tl.where((c < inner)[None, :], more, 0.0)
+        begin = (number % tiles) * BLOCK_L
+        batch = (number // tiles).to(tl.int64)
+        row = batch * L + begin  # offsets inside a tile fit into 32 bits
+        xs = x + (batch * stride_xb + begin.to(tl.int64) * stride_xl)
+        own = ids
+        if HAS_IDS:
+            own += batch * L
+        whole = _one_document(own, begin, L, HALF, BLOCK_L, HAS_IDS) & (start + BLOCK_C <= C)
+        numbers = _numbers(own, r, begin, L, HAS_IDS)
+        pre = _weighted(
+            xs, stride_xl, weight, bias, own, numbers, r, c, keep, begin, L, C, width, whole,
+            WIDTH, False, HAS_BIAS, HAS_IDS, SHARED,
+        )  # fmt: skip
+        ds = dy + row * C + (r[:, :, None] * C + c)
+        g = tl.load(ds, mask=(numbers >= 0) & keep, other=0.0).to(tl.float32)
+        if HEADS and start < inner:
+            there = begin + i < L
+            if HAS_IDS:
+                there = there & (tl.load(own + begin + i, mask=there, other=-1) >= 0)
+            at = dd + row * H + (i[:, None] * H + h[None, :])
+            heads = tl.load(at, mask=there[:, None] & (h < H)[None, :], other=0.0)
+            more = tl.reshape(tl.dot(heads.to(dtype), columns, input_precision="ieee"), g.shape)
+            g += tl.where(c < inner, more, 0.0)
         if ACTIVATION:
-            pre = tl.zeros([BLOCK_L, BLOCK_C], tl.float32)
-            if HAS_BIAS:
-                pre += _parameter(bias, c, keep)
-            for t in tl.static_range(WIDTH):
-                pre += taps[t].to(tl.float32) * _parameter(weight + t * C, c, keep)
             gate = tl.sigmoid(pre)
             g *= gate * (1.0 + pre * (1.0 - gate))
-        tl.store(ds, g.to(dtype), mask=(r < after)[:, None] & keep[None, :])
-        more_sums = ()
-        for t in tl.static_range(WIDTH + HAS_BIAS):
-            product = g * taps[t].to(tl.float32) if t < WIDTH else g
-            folded = tl.sum(tl.reshape(product, [BLOCK_L // KEEP, KEEP, BLOCK_C]), 0)
-            more_sums = more_sums + (sums[t] + folded,)
-        sums = more_sums
+        tl.store(ds, g.to(dtype), mask=(begin + r < L)[:, :, None] & keep)
+        sums = _add_products(sums, g, xs, stride_xl, own, numbers, r, c, keep, begin, L, width, whole, WIDTH, HAS_IDS)
+        bias_sum += tl.sum(g, 1, keep_dims=True)
     table += group * (WIDTH + HAS_BIAS) * C
-    for t in tl.static_range(WIDTH + HAS_BIAS):
-        tl.store(table + t * C + c, tl.sum(sums[t], 0), mask=keep)
+    for t in tl.static_range(WIDTH):
+        tl.store(table + t * C + c, tl.sum(sums[t], 0, keep_dims=True), mask=keep)
+    if HAS_BIAS:
+        tl.store(table + WIDTH * C + c, tl.sum(bias_sum, 0, keep_dims=True), mask=keep)
 
 
 @dataclass(frozen=True)
@@ -228,6 +299,14 @@ class ConvConfig:
     channels: int = 128
     warps: int = 4
     groups: int = 128
+
+    def constants(self) -> dict[str, int]:
+        """What the kernels are compiled for: a warp has whole rows, each thread a few channels."""
+        vector = max(1, self.channels // 32)
+        return {
+            "SHARED": self.warps, "VECTOR": vector, "BLOCK_L": self.rows, "BLOCK_C": self.channels,
+            "num_warps": self.warps,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -291,13 +370,11 @@ def conv_backward(
     table = torch.empty(groups, width + (bias is not None), C, dtype=torch.float32, device=x.device)
     dd, head_weight = (dy, dy) if diagonal is None else (diagonal[0].contiguous(), diagonal[1].contiguous())
     H, inner = (0, 0) if diagonal is None else head_weight.shape
-    threads = config.warps * 32 * (16 // x.element_size())  # values that all threads have with one load
     _gradient_kernel[(groups * parts,)](
         dy, x, taps, taps if bias is None else bias, taps if ids is None else ids.contiguous(), dd, head_weight,
-        table, L, C, tiles, batch * tiles, share, parts, inner, H, *x.stride()[:2], WIDTH=width,
+        table, L, C, tiles, batch * tiles, share, parts, inner, H, width, *x.stride()[:2], WIDTH=width,
         ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_IDS=ids is not None, HEADS=_heads(H),
-        KEEP=min(config.rows, max(1, threads // config.channels)), BLOCK_L=config.rows, BLOCK_C=config.channels,
-        num_warps=config.warps,
+        **config.constants(),
     )  # fmt: skip
     _convolve(dy, taps, None, ids, dx, None, None, False, True, how.mirrored)
     sums = table.sum(0)
@@ -326,8 +403,8 @@ def _convolve(
     parts = 1 if H else triton.cdiv(C, config.channels)
     _conv_kernel[(batch * tiles * parts,)](
         x, taps, taps if bias is None else bias, taps if ids is None else ids.contiguous(), head_weight.contiguous(),
-        head_bias.contiguous(), y, taps if d is None else d, L, C, tiles, parts, inner, H, *x.stride()[:2],
+        head_bias.contiguous(), y, taps if d is None else d, L, C, tiles, parts, inner, H, len(taps), *x.stride()[:2],
         *y.stride()[:2], WIDTH=len(taps), MIRROR=mirror, ACTIVATION=activation, HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None, HEADS=_heads(H), BLOCK_L=config.rows, BLOCK_C=config.channels,
-        num_warps=config.warps,
+        HAS_IDS=ids is not None, HEADS=_heads(H),
+        **config.constants(),
     )  # fmt: skip
