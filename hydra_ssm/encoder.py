@@ -25,6 +25,8 @@ def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> Mat
     MatrixMixer's arguments, which go before `options`.
     """
     if not isinstance(spec, str):
+        if "matrix" not in spec:
+            raise ValueError(f"a mapping of MatrixMixer's arguments must name its matrix, got {dict(spec)}")
         return MatrixMixer(d_model, **{**options, **spec})
     if spec == "hydra":
         return Hydra(d_model, **options)

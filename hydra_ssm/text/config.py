@@ -1,6 +1,6 @@
 """Sizes of a text encoder, and the presets they go by."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: it makes types strings, and those @strict does not check.
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -36,6 +36,7 @@ class HydraConfig(PreTrainedConfig):
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown mixer.
+        StrictDataclassFieldValidationError: a value of another type, as transformers' own configurations do.
     """
 
     model_type = "hydra_ssm"
@@ -54,11 +55,11 @@ class HydraConfig(PreTrainedConfig):
     embedding_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.1
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float | int = 1e-5
     position_embeddings: bool = False
     max_position_embeddings: int = -1
     type_vocab_size: int = 2
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
 
@@ -109,8 +110,11 @@ class HydraConfig(PreTrainedConfig):
                 f"got {len(self.layer_mixers)}"
             )
         for spec in _distinct(self.layer_mixers):
-            with torch.device("meta"):  # the mixer knows its own rules; this holds no memory
-                mixer = make_mixer(spec, self.hidden_size, self.mixer_options)
+            try:
+                with torch.device("meta"):  # the mixer knows its own rules; this holds no memory
+                    mixer = make_mixer(spec, self.hidden_size, self.mixer_options)
+            except TypeError as error:
+                raise ValueError(f"mixers must be made of arguments of MatrixMixer, got {spec!r}: {error}") from error
             if not mixer.data_dependent and "max_length" not in (self.mixer_options | _mapping(spec)):
                 raise ValueError(f"a fixed mixer needs max_position_embeddings, the longest document: {spec!r}")
 

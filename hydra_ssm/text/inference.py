@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,9 @@ from .messages import quiet
 from .tokenizer import load_tokenizer
 
 OF_HEADS = ("head.", "decoder.", "pooler.", "classifier.")  # begin the names of their weights
+UNREADABLE = (
+    OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError
+)  # fmt: skip
 TOKENS = 8192  # in a batch of texts to embed, padding included
 
 
@@ -52,8 +56,9 @@ class TextModel:
                 self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
             model, report = found
             _check_weights(report)
-        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no model that can be read: {str(error).splitlines()[0]}") from error
+        except UNREADABLE as error:
+            reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            raise ValueError(f"{folder} holds no model that can be read: {str(reason).splitlines()[0]}") from error
         self.model: HydraForMaskedLM = model.eval()
         self.lacks_head = bool(report["missing_keys"])  # as the encoder of a classifier
 

@@ -49,6 +49,20 @@ def test_weights_that_are_not_the_configurations_are_refused(changed: dict[str, 
         TextModel(folder)
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"norm": "mid"}, r"Field 'norm' expected one of \('post', 'pre'\), got mid"),
+        ({"mixers": {"matrix": "low_rank", "rank": 3}}, "MatrixMixer has no option rank"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_refused(changed: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    folder = save(HydraForMaskedLM(TINY), tmp_path, **changed)
+    with pytest.raises(ValueError, match=f"holds no model that can be read: .*{reason}"):
+        TextModel(folder)
+
+
 @pytest.mark.parametrize("model", [HydraForSequenceClassification, HydraModel])
 def test_a_model_without_a_head_for_words_embeds_and_fills_nothing(model: type[HydraModel], tmp_path: Path) -> None:
     source = model(TINY).eval()

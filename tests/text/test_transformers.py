@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, tiny, words
 from torch.nn import functional as F
@@ -50,6 +51,8 @@ def test_presets_have_their_sizes() -> None:
         (lambda: preset("hydra-tiny", d_sate=8), "no field d_sate"),
         (lambda: HydraConfig(mixers="mamba"), "a mixer must be one of hydra, attention.*'mamba'"),
         (lambda: HydraConfig(mixers={"matrix": "none"}), "matrix must be one of dense.*'none'"),
+        (lambda: HydraConfig(mixers={}), "must name its matrix, got {}"),
+        (lambda: HydraConfig(mixers={"matrix": "low_rank", "foo": 3}), "arguments of MatrixMixer, .* no option foo"),
         (lambda: HydraConfig(mixers=["hydra", "attention"], num_hidden_layers=3), "num_hidden_layers = 3, got 2"),
         (lambda: HydraConfig(headdim=100), "headdim must divide expand \\* d_model = 1536, got 100"),
         (lambda: HydraConfig(mixers="dense"), "fixed mixer needs max_position_embeddings"),
@@ -63,6 +66,12 @@ def test_presets_have_their_sizes() -> None:
 def test_sizes_that_do_not_fit_are_refused(make: Callable[[], HydraConfig], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("field", [{"norm": "mid"}, {"hidden_size": "64"}, {"mixers": ["hydra", 3]}])
+def test_a_field_of_another_type_is_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"Field '{next(iter(field))}'"):
+        HydraConfig(**field)
 
 
 @pytest.mark.parametrize(
