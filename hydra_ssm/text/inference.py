@@ -19,6 +19,7 @@ from .messages import quiet
 from .tokenizer import load_tokenizer
 
 OF_HEADS = ("head.", "decoder.", "pooler.", "classifier.")  # begin the names of their weights
+PAIRS = 1 << 22  # of vectors that are compared at once
 UNREADABLE = (
     OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError
 )  # fmt: skip
@@ -123,7 +124,11 @@ def paragraphs(text: str) -> list[str]:
 def nearest_pairs(vectors: Tensor, count: int) -> list[tuple[int, int, float]]:
     """(i, j, similarity) of the most alike rows of (n, D): the cosine after the mean of all is taken off."""
     unit = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
-    i, j = torch.triu_indices(len(unit), len(unit), 1)
-    similarity = (unit @ unit.T)[i, j]
-    best = similarity.topk(min(count, len(similarity)))
-    return [(int(i[k]), int(j[k]), float(s)) for k, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    size, found = max(1, PAIRS // max(len(unit), 1)), []
+    for start in range(0, len(unit), size):  # the rows from `start` with all after each of them
+        similarity = unit[start : start + size] @ unit[start:].T
+        similarity.masked_fill_(torch.ones_like(similarity, dtype=torch.bool).tril(), -torch.inf)
+        best, width = similarity.flatten().topk(min(count, similarity.numel())), similarity.shape[1]
+        places = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        found += [(start + k // width, start + k % width, s) for k, s in places if k // width < k % width]
+    return sorted(found, key=lambda pair: -pair[2])[:count]

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel
 
-from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification, HydraModel
-from hydra_ssm.text.inference import TextModel
+from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification, HydraModel, inference
+from hydra_ssm.text.inference import PAIRS, TextModel, nearest_pairs
 from hydra_ssm.text.tokenizer import load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "."]
@@ -31,6 +32,37 @@ def other_model(name: str) -> PreTrainedModel:
     if name == "bert":
         return BertForMaskedLM(BertConfig(**sizes, hidden_size=16, intermediate_size=16))
     return DistilBertForMaskedLM(DistilBertConfig(vocab_size=16, n_layers=1, n_heads=1, dim=16, hidden_dim=16))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that one tensor held."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.numbers = max(self.numbers, result.numel() if isinstance(result, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("size", [1, 7, PAIRS])
+def test_the_most_alike_of_all_pairs_are_found_without_holding_all(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.randn(40, 3, dtype=torch.float64)
+    centred = vectors - vectors.mean(0)
+    cosines = torch.cosine_similarity(centred[:, None], centred[None], dim=-1)
+    expected = sorted(((cosines[i, j].item(), i, j) for i in range(40) for j in range(i + 1, 40)), reverse=True)
+    monkeypatch.setattr(inference, "PAIRS", size * 40)
+    found = nearest_pairs(vectors, 9)
+    assert [(i, j) for i, j, _ in found] == [(i, j) for _, i, j in expected[:9]]
+    assert [s for _, _, s in found] == pytest.approx([s for s, _, _ in expected[:9]])
+    assert len(nearest_pairs(vectors[:3], 9)) == 3
+    assert nearest_pairs(vectors[:1], 9) == []
+
+
+def test_comparing_many_texts_takes_little_memory() -> None:
+    with Largest() as largest:
+        nearest_pairs(torch.randn(5000, 2), 3)
+    assert largest.numbers <= PAIRS < 5000 * 4999 / 2
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
