@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +117,9 @@ def _check_weights(report: Mapping[str, Iterable[Any]]) -> None:
 
 
 def paragraphs(text: str) -> list[str]:
-    """What blank lines separate; where there is none, the lines."""
-    parts = text.split("\n\n") if "\n\n" in text.strip() else text.splitlines()
-    return [" ".join(part.split()) for part in parts if part.strip()]
+    """What blank lines separate, also those that hold spaces; where there is none, the lines."""
+    parts = re.split(r"\n\s*\n", text.strip())
+    return [" ".join(part.split()) for part in (parts if len(parts) > 1 else text.split("\n")) if part.strip()]
 
 
 def nearest_pairs(vectors: Tensor, count: int) -> list[tuple[int, int, float]]:

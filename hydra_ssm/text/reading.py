@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError where it is empty or something else."""
+    """The text of a UTF-8 file, its lines ended as Unix does. Raises ValueError where it is empty or something else."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -18,4 +18,4 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} must be text, it holds a zero byte at {text.index(chr(0))}: a binary file?")
     if not text.strip():
         raise ValueError(f"{path} must hold text, it is empty")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel
 
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification, HydraModel, inference
-from hydra_ssm.text.inference import PAIRS, TextModel, nearest_pairs
+from hydra_ssm.text.inference import PAIRS, TextModel, nearest_pairs, paragraphs
+from hydra_ssm.text.reading import read_text
 from hydra_ssm.text.tokenizer import load_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "."]
@@ -32,6 +33,22 @@ def other_model(name: str) -> PreTrainedModel:
     if name == "bert":
         return BertForMaskedLM(BertConfig(**sizes, hidden_size=16, intermediate_size=16))
     return DistilBertForMaskedLM(DistilBertConfig(vocab_size=16, n_layers=1, n_heads=1, dim=16, hidden_dim=16))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["a", "b", "", "c  d"], ["a b", "c d"]),
+        (["", "a", "b", " \t", "", "c", ""], ["a b", "c"]),
+        (["", "a", "b \u2028 c", "", ""], ["a", "b c"]),
+    ],
+)
+def test_blank_lines_part_paragraphs_whatever_ends_a_line(
+    lines: list[str], expected: list[str], end: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_bytes(end.join(lines).encode())
+    assert paragraphs(read_text(tmp_path / "text")) == expected
 
 
 class Largest(TorchDispatchMode):
