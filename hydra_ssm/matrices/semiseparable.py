@@ -91,8 +91,7 @@ class Triangles(StructuredMatrix):
         return M if self.diagonal is None else M + torch.diag_embed(self.diagonal.mT)
 
     def multiply(self, x: Tensor) -> Tensor:
-        y = semiseparable(x, self.triangles, self.documents)
-        return y if self.diagonal is None else y + (self.diagonal[..., None] * x).to(x.dtype)
+        return semiseparable(x, self.triangles, self.documents, diagonal=self.diagonal)
 
 
 class Semiseparable(Triangles):

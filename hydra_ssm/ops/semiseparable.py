@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -12,25 +14,84 @@ from .chunked import chunked
 from .documents import Documents
 from .triangle import Triangle
 
-IMPLEMENTATIONS = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked}
+EAGER = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked}
+IMPLEMENTATIONS = (*EAGER, "triton")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNEL_WIDTHS = (16, 32, 64, 128)
+# Facts of the process, asked for once, as tracing could not ask.
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def semiseparable(
-    x: Tensor, triangles: Sequence[Triangle], documents: Documents | None = None, *, impl: str | None = None
+    x: Tensor,
+    triangles: Sequence[Triangle],
+    documents: Documents | None = None,
+    *,
+    diagonal: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """y = (sum of the triangles) x, with x and y (B, L, H, P); no document reads another.
+    """y = (sum of the triangles + diagonal) x, with x and y (B, L, H, P); no document reads another.
 
-    impl: "chunked" (O(L), the default), "dense" (O(L^2)) or "recurrent" (O(L) steps, the oracle).
-    x must be zero and dt zero at padding. Raises ValueError where shapes do not fit.
+    x must be zero and dt zero at padding. Under autocast "triton" computes in its dtype, and y has that dtype.
+
+    Args:
+        diagonal: (B, L, H), or None for none besides the triangles' own.
+        impl: "triton" (kernels, for two strict triangles that read opposite ways), "chunked" (O(L), eager), "dense"
+            (O(L^2)) or "recurrent" (O(L) steps, the oracle). None takes "triton" on CUDA where it can, else "chunked".
+
+    Raises:
+        ValueError: shapes do not fit, or what impl names cannot take these triangles.
+        ImportError: impl is "triton", which is not installed.
     """
-    _check(x, triangles, documents)
+    _check(x, triangles, documents, diagonal)
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if impl is None:
+        impl = "triton" if x.is_cuda and HAS_TRITON and _misfit(x, triangles) is None else "chunked"
     ids = None if documents is None else documents.ids
-    return IMPLEMENTATIONS[impl or "chunked"](x, triangles, ids)
+    if impl == "triton":
+        return _fused(x, triangles, ids, diagonal)
+    y = EAGER[impl](x, triangles, ids)
+    return y if diagonal is None else y + (diagonal[..., None] * x).to(x.dtype)
 
 
-def _check(x: Tensor, triangles: Sequence[Triangle], documents: Documents | None) -> None:
+def _fused(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, diagonal: Tensor | None) -> Tensor:
+    """One pass over both triangles and the diagonal; what rows read from learned initial states comes on top."""
+    if not HAS_TRITON:
+        raise ImportError('impl="triton" needs triton, which is not installed: pip install triton', name="triton")
+    if misfit := _misfit(x, triangles):
+        raise ValueError(f'impl="triton" {misfit}')
+    from .triton import Steps, quasiseparable
+
+    causal, anticausal = sorted(triangles, key=lambda t: t.upper)
+    A = causal.A if causal.A is anticausal.A else torch.stack([causal.A, anticausal.A])
+    steps = Steps(causal.dt, anticausal.dt, A)
+    y = quasiseparable(x, steps, causal.B, causal.C, anticausal.B, anticausal.C, ids, diagonal)
+    if all(t.initial is None for t in triangles):
+        return y
+    return (y + reference.from_initial(x, triangles, ids)).to(y.dtype)
+
+
+def _misfit(x: Tensor, triangles: Sequence[Triangle]) -> str | None:
+    """What the kernels need and do not get."""
+    if not (x.is_cuda or INTERPRETED):
+        return f"needs tensors on a CUDA device, or TRITON_INTERPRET=1 when Python starts, got x on {x.device}"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"needs x in float32, float16 or bfloat16, got {x.dtype}"
+    kinds = [("strict " if t.strict else "") + ("anticausal" if t.upper else "causal") for t in triangles]
+    if sorted(kinds) != ["strict anticausal", "strict causal"]:
+        return f"needs two strict triangles, one causal and one anticausal, got {', '.join(kinds)}"
+    shapes = [tuple(t.B.shape[2:]) for t in triangles]
+    if shapes[0] != shapes[1]:
+        return f"needs the same groups and state in both triangles, got {shapes[0]} and {shapes[1]}"
+    for name, width in (("headdim", x.shape[3]), ("state", shapes[0][1])):
+        if width not in KERNEL_WIDTHS:
+            return f"needs a {name} of {', '.join(map(str, KERNEL_WIDTHS))}, got {width}"
+    return None
+
+
+def _check(x: Tensor, triangles: Sequence[Triangle], documents: Documents | None, diagonal: Tensor | None) -> None:
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x must be (batch, length, heads, headdim), none of them 0, got {tuple(x.shape)}")
     if not triangles:
@@ -52,3 +113,5 @@ def _check(x: Tensor, triangles: Sequence[Triangle], documents: Documents | None
                 raise ValueError(f"{name} must be {shape} for x {tuple(x.shape)}, got {tuple(given.shape)}")
     if documents is not None and documents.ids.shape != x.shape[:2]:
         raise ValueError(f"documents must number {tuple(x.shape[:2])} tokens, got {tuple(documents.ids.shape)}")
+    if diagonal is not None and diagonal.shape != x.shape[:3]:
+        raise ValueError(f"diagonal must be {tuple(x.shape[:3])} for x {tuple(x.shape)}, got {tuple(diagonal.shape)}")

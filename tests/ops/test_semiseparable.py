@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from hydra_ssm.ops import Documents, Triangle, layout, semiseparable
 from hydra_ssm.ops.chunked import chunked
-from hydra_ssm.ops.semiseparable import IMPLEMENTATIONS
+from hydra_ssm.ops.semiseparable import EAGER
 
-FORMS = [name for name in IMPLEMENTATIONS if name != "recurrent"]
+FORMS = [name for name in EAGER if name != "recurrent"]
 
 
 def problem(
@@ -67,6 +67,14 @@ def test_padding_at_the_end_of_rows_agrees():
     x, triangles = problem(70, initial=True)
     lengths = torch.tensor([[33], [70]])
     agree(x, triangles, Documents(torch.where(torch.arange(70) < lengths, 0, -1)))
+
+
+@pytest.mark.parametrize("impl", EAGER)
+def test_a_diagonal_multiplies_each_token_alone(impl):
+    x, triangles = problem(9)
+    diagonal = torch.randn(2, 9, 4, dtype=torch.float64)
+    y = semiseparable(x, triangles, impl=impl) + diagonal[..., None] * x
+    torch.testing.assert_close(semiseparable(x, triangles, diagonal=diagonal, impl=impl), y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 16, 100])
@@ -139,12 +147,13 @@ def test_float32_and_bfloat16_stay_close_to_float64():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "impl must be one of recurrent, dense, chunked, got 'fast'"),
+        ({"impl": "fast"}, "impl must be one of recurrent, dense, chunked, triton, got 'fast'"),
         ({"x": (2, 0, 4, 3)}, "none of them 0, got \\(2, 0, 4, 3\\)"),
         ({"x": (2, 7, 4, 3)}, "dt must be \\(2, 7, 4\\) for x \\(2, 7, 4, 3\\), got \\(2, 9, 4\\)"),
         ({"x": (2, 9, 3, 3)}, "the groups of B and C must divide the 3 heads, got 2"),
         ({"documents": (2, 8)}, "documents must number \\(2, 9\\) tokens, got \\(2, 8\\)"),
         ({"triangles": []}, "at least one triangle"),
+        ({"diagonal": (2, 9)}, "diagonal must be \\(2, 9, 4\\) for x \\(2, 9, 4, 3\\), got \\(2, 9\\)"),
         ({"dt": torch.bfloat16}, "dt must be float32 or float64, as its sums are exponents, got torch.bfloat16"),
     ],
 )
@@ -152,7 +161,8 @@ def test_misfits_are_named(change, message):
     x, triangles = problem(9)
     x = torch.zeros(change["x"], dtype=torch.float64) if "x" in change else x
     documents = Documents(torch.zeros(change["documents"], dtype=torch.long)) if "documents" in change else None
+    diagonal = torch.zeros(change["diagonal"]) if "diagonal" in change else None
     if "dt" in change:
         triangles = [replace(t, dt=t.dt.to(change["dt"])) for t in triangles]
     with pytest.raises((ValueError, TypeError), match=message):
-        semiseparable(x, change.get("triangles", triangles), documents, impl=change.get("impl"))
+        semiseparable(x, change.get("triangles", triangles), documents, diagonal=diagonal, impl=change.get("impl"))

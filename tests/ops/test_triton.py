@@ -3,14 +3,21 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hydra_ssm.ops import Documents, Triangle, semiseparable
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    # Of the interpreter: what kernels compute beside a triangle may be infinite, and is replaced.
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "dt_f", "dt_b", "A", "B_f", "C_f", "B_b", "C_b", "diagonal")
@@ -63,7 +70,7 @@ def exact(args, dy: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def error(a: Tensor, b: Tensor) -> float:
     """Relative where b is not zero."""
-    return float((a.detach().double() - b).norm() / b.norm().clamp(min=1e-12))
+    return float(((a.double() - b).norm() / b.norm().clamp(min=1e-12)).detach())
 
 
 def plan(chunk: int, heads: int, local: bool, pair: bool):
@@ -74,7 +81,7 @@ def plan(chunk: int, heads: int, local: bool, pair: bool):
     rows = chunk // 2
     return Plan(
         chunk=chunk,
-        states=StatesConfig(heads=1 if local else heads, local=local),
+        states=StatesConfig(heads=1 if local else heads, stretch=int(local)),
         output=OutputConfig(heads=heads, rows=rows),
         pair=pair,
     )
@@ -92,7 +99,8 @@ CASES = [
     ),
     ({"length": 1}, (32, 1, False, False)),
     ({"length": 2, "width": 64}, (32, 1, True, True)),
-    ({"length": 67, "width": 32, "state": 64}, (64, 2, True, False)),
+    ({"length": 67, "width": 32, "state": 64}, (16, 2, True, False)),
+    ({"length": 149, "documents": True}, (16, 2, 3, False)),
 ]
 
 
@@ -202,6 +210,233 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
         assert buffer[:, -padded:].count_nonzero() == 0
     again = quasiseparable_backward(dy, x, steps, *features, ids, diagonal, how=how)
     assert all(torch.equal(a, b) for a, b in zip(again, ours, strict=True))
+
+
+def triangles(args, initial=None) -> list[Triangle]:
+    """Both, anticausal first: their order does not matter."""
+    _, dt_f, dt_b, A, B_f, C_f, B_b, C_b, *_ = args
+    causal = Triangle(dt_f, A, B_f, C_f, strict=True, initial=initial)
+    return [Triangle(dt_b, A, B_b, C_b, upper=True, strict=True, initial=initial), causal]
+
+
+def product(args, impl="triton", initial=None) -> Tensor:
+    """Through the public operation."""
+    documents = None if args[8] is None else Documents(args[8])
+    return semiseparable(args[0], triangles(args, initial), documents, diagonal=args[9], impl=impl)
+
+
+def leaves_of(args, dtype=None) -> tuple:
+    return tuple(
+        t if k == 8 or t is None else t.detach().to(dtype or t.dtype).requires_grad_() for k, t in enumerate(args)
+    )
+
+
+def agree(args, tolerance=1e-5, initial=None) -> None:
+    """The operation and all gradients equal the recurrence's in float64.
+
+    Those of A are sums of dt da, which may cancel: their error is measured against A / sum |dt ddt|.
+    """
+    dy, found = torch.randn_like(args[0]), []
+    for impl, dtype in (("triton", None), ("recurrent", torch.float64)):
+        leaves = leaves_of(args, dtype)
+        S = None if initial is None else initial.detach().to(dtype or initial.dtype).requires_grad_()
+        y = product(leaves, impl, S)
+        wanted = [t for k, t in enumerate((*leaves, S)) if k != 8 and t is not None]
+        found.append((y, *torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True, materialize_grads=True)))
+    for name, ours, exactly in zip(("y", *NAMES, "initial"), *found, strict=False):
+        if name == "A":
+            of_steps = [(dt * ddt).abs().sum((0, 1)) for dt, ddt in zip(args[1:3], found[1][2:4], strict=True)]
+            assert ((ours - exactly) * args[3]).abs().le(tolerance * sum(of_steps)).all(), name
+        else:
+            assert error(ours, exactly) < tolerance, name
+
+
+def examples() -> int:
+    """A few where kernels are interpreted; the profile's number on a GPU."""
+    return settings.default.max_examples if DEVICE == "cuda" else 5
+
+
+@settings(max_examples=examples())
+@given(
+    length=st.integers(1, 70), heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]), width=st.sampled_from([16, 32]),
+    state=st.sampled_from([16, 32]), documents=st.booleans(), initial=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_shape_equals_the_recurrence(length, heads, width, state, documents, initial, seed) -> None:
+    torch.manual_seed(seed)
+    args = case(1, length, heads[0], width, heads[1], state, documents)
+    S = torch.randn(heads[0], width, state, device=DEVICE) if initial else None
+    agree(args, initial=S)
+
+
+def test_a_thousand_documents_in_a_row_do_not_read_each_other() -> None:
+    tokens = torch.randint(1, 4, (1000,))
+    ids = torch.repeat_interleave(torch.arange(1000), tokens)[None].to(DEVICE)
+    args = list(case(length=ids.shape[1], heads=1))
+    args[8] = ids
+    dy, how = torch.randn_like(args[0]), plan(128, 1, True, False)
+    leaves = leaves_of(args, torch.float64)
+    y = product(leaves, "chunked")
+    grads = torch.autograd.grad(y, [t for k, t in enumerate(leaves) if k != 8], dy.double())
+    assert error(forward(args, how), y) < 1e-6
+    for name, ours, exactly in zip(NAMES, backward(dy, args, how), grads, strict=True):
+        assert error(ours, exactly) < 1e-5, name
+
+
+def test_a_document_of_one_token_reads_its_diagonal_alone() -> None:
+    args = list(case(length=40))
+    args[8] = torch.tensor([[0] * 19 + [1] + [2] * 20], device=DEVICE)
+    assert torch.equal(product(args)[:, 19], args[0][:, 19] * args[9][:, 19, :, None])
+    agree(args)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4])
+def test_huge_and_tiny_values_keep_their_digits(scale) -> None:
+    x, *rest = case(length=21)
+    agree((x * scale, *rest))
+
+
+def test_steps_of_zero_leave_the_state_alone_and_give_exact_gradients() -> None:
+    x, dt_f, dt_b, *rest = case(length=35)
+    agree((x, dt_f * 0, dt_b * 0, *rest))
+
+
+@pytest.mark.parametrize("strong", [20.0, 1e3, 1e6])
+def test_strong_decay_is_exact(strong) -> None:
+    agree(case(length=40, strong=strong))
+
+
+def test_tokens_after_decay_beyond_all_numbers_keep_their_digits() -> None:
+    x, dt_f, dt_b, *rest = case(length=40, strong=1e5)
+    dt_f[:, ::3] *= 1e-6
+    dt_b[:, ::3] *= 1e-6
+    agree((x, dt_f, dt_b, *rest), 1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 45])
+def test_learned_initial_states_are_read_at_every_document_start(length) -> None:
+    args = case(batch=2, length=length, documents=length > 2)
+    agree(args, initial=torch.randn(2, 16, 16, device=DEVICE))
+
+
+def test_triangles_may_have_decays_of_their_own() -> None:
+    args, own = case(length=21), torch.tensor([[-0.2, -0.7], [-1.1, -0.4]], device=DEVICE).unbind()
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("recurrent", torch.float64)):
+        wide = [t if t is None else t.to(dtype) for t in args]
+        A = [a.to(dtype).requires_grad_() for a in own]
+        both = [replace(t, A=a) for t, a in zip(triangles(wide), A, strict=True)]
+        y = semiseparable(wide[0], both, impl=impl)
+        found.append((y, *torch.autograd.grad(y.square().sum(), A)))
+    assert all(error(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def operator_inputs(length=33, raw=True, keep=True, diagonal=True, requires_grad=True) -> tuple:
+    """What the operator hydra_ssm::quasiseparable takes."""
+    if raw:
+        x, both, A, bias, limits, *features, ids, d = raw_case(length=length, documents=True, heads=1)
+        dt_f, dt_b = both.unbind(2)
+    else:
+        (x, dt_f, dt_b, A, *features, ids, d), bias, limits = case(length=length, heads=1), None, (0.0, torch.inf)
+    floats = (x, dt_f, dt_b, A, bias, *features, d if diagonal else None)
+    *floats, d = (t if t is None else t.detach().requires_grad_(requires_grad) for t in floats)
+    return (*floats, ids, d, *limits, keep)
+
+
+OPERATOR_CASES = [{}, {"length": 13, "raw": False, "keep": False, "diagonal": False}]
+
+
+@pytest.mark.parametrize("options", OPERATOR_CASES, ids=str)
+def test_the_operators_are_what_pytorch_expects(options) -> None:
+    import hydra_ssm.ops.triton  # noqa: F401
+
+    operators = torch.ops.hydra_ssm
+    torch.library.opcheck(operators.quasiseparable.default, operator_inputs(**options))
+    *plain, keep = operator_inputs(**options, requires_grad=False)
+    y, states = operators.quasiseparable(*plain, keep)
+    torch.library.opcheck(operators.quasiseparable_backward.default, (torch.randn_like(y), *plain, states))
+
+
+def test_recomputed_states_give_the_same_gradients() -> None:
+    from hydra_ssm.ops.triton import Steps, quasiseparable
+
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        x, dt_f, dt_b, A, bias, *features, ids, diagonal, low, high, _ = operator_inputs()
+        steps = Steps(dt_f, dt_b, A, bias, (low, high))
+        y = quasiseparable(x, steps, *features, ids, diagonal, recompute=recompute)
+        found.append(torch.autograd.grad(y.sum(), [x, dt_f, dt_b, A, bias, *features, diagonal]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_compile_takes_the_whole_graph_and_changes_nothing() -> None:
+    def f(args):
+        return product(args).sin()
+
+    args = leaves_of(case(length=40, documents=True))
+    leaves = [t for k, t in enumerate(args) if k != 8]
+    whole = torch.compile(f, fullgraph=True, backend="aot_eager")
+    found = [(y := g(args), *torch.autograd.grad(y.sum(), leaves)) for g in (f, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_autocast_takes_values_and_features_in_its_dtype_and_steps_as_they_are() -> None:
+    args = leaves_of(case(length=21))
+    with torch.autocast(DEVICE, torch.float16):
+        y = product(args)
+    assert y.dtype == torch.float16
+    wanted = [t if k not in (0, 4, 5, 6, 7) else t.half() for k, t in enumerate(args)]
+    assert torch.equal(y, product(wanted))
+    y.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for k, t in enumerate(args) if k != 8)
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    args = leaves_of(case(length=13))
+    (dx,) = torch.autograd.grad(product(args).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()
+
+
+def in_float64(t: Triangle) -> Triangle:
+    return replace(t, dt=t.dt.double(), A=t.A.double(), B=t.B.double(), C=t.C.double())
+
+
+MISFITS = {
+    "one triangle": (lambda x, t: (x, t[:1]), "two strict triangles, one causal and one anticausal, got strict anti"),
+    "two alike": (lambda x, t: (x, [t[0], t[0]]), "got strict anticausal, strict anticausal"),
+    "not strict": (lambda x, t: (x, [replace(k, strict=False) for k in t]), "got anticausal, causal"),
+    "float64": (
+        lambda x, t: (x.double(), [in_float64(k) for k in t]),
+        "float32, float16 or bfloat16, got torch.float64",
+    ),
+    "headdim": (lambda x, t: (x[..., :15], t), "headdim of 16, 32, 64, 128, got 15"),
+    "state": (
+        lambda x, t: (x, [replace(k, B=k.B[..., :9], C=k.C[..., :9]) for k in t]),
+        "state of 16, 32, 64, 128, got 9",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS)
+def test_triton_by_name_runs_or_says_what_it_needs(change, message) -> None:
+    args = case(length=5)
+    x, both = change(args[0], triangles(args))
+    with pytest.raises(ValueError, match=message):
+        semiseparable(x, both, impl="triton")
+    assert semiseparable(x, both).shape == x.shape
+
+
+def test_triton_by_name_needs_the_package_and_a_device(monkeypatch) -> None:
+    module = sys.modules["hydra_ssm.ops.semiseparable"]  # the package's attribute of this name is the function
+    args = tuple(t if t is None else t.cpu() for t in case(length=5))
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs tensors on a CUDA device, or TRITON_INTERPRET=1 when Python starts"):
+        product(args)
+    monkeypatch.setattr(module, "HAS_TRITON", False)
+    with pytest.raises(ImportError, match="triton, which is not installed"):
+        product(args)
+    assert product(args, impl=None).shape == args[0].shape
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

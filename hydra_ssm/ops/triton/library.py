@@ -129,6 +129,7 @@ def _fake_backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, low, high, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as the states, which have no gradient
     ctx.save_for_backward(*tensors, output[1])
     ctx.limits = low, high
 

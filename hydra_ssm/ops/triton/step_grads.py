@@ -2,8 +2,10 @@
 
 With R and Q the row and column sums of K within the chunk, Rst and Cst those through the states, per direction:
 
-    da_k = sum_{i > k} (R + Rst)_i - sum_{j >= k} Q_j + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
+    da_k = sum_{i > k} (R_i + Rst_i - Q_{i - 1}) + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
     ddt = (Q + Cst) / dt + A da      dA = sum dt da
+
+What neighbours give, which has no decay and under strong decay is nearly all, cancels in R_i - Q_{i - 1} to the digit.
 
 Raw steps: draw = ddt (d dt / d raw), dbias = sum draw, dA_log = A dA.
 """
@@ -32,15 +34,16 @@ def _two(pointer, at, keep):
 
 @triton.jit
 def _direction(
-    dt, ddt, rows, columns, state_sums, state_stride, products, at, at_chunk, keep, exists, rate, bias, low, high,
-    h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
+    dt, ddt, rows, columns, neighbours, state_sums, state_stride, products, at, at_chunk, keep, exists, rate, bias,
+    low, high, h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
     REVERSE: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens)."""
+    rows -= neighbours
     if HAS_STATES:
         rows += tl.load(state_sums + at, mask=keep, other=0.0)
         through = tl.load(state_sums + state_stride + at, mask=keep, other=0.0)
-    da = tl.cumsum(rows - columns, 1, reverse=not REVERSE) - rows
+    da = tl.cumsum(rows, 1, reverse=not REVERSE) - rows
     if HAS_STATES:
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
         da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
@@ -121,18 +124,21 @@ def _step_grads_kernel(
             exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[None, :]
     rows_f, rows_b = _two(row_sums, at, keep)
     columns_f, columns_b = _two(column_sums, at, keep)
+    left, _ = _two(column_sums, at - 1, keep & (i > 0)[None, :])
+    _, right = _two(column_sums, at + 1, keep & ((i < Q - 1) & (place + 1 < L))[None, :])
     if PAIR:
         more = tl.load(beside + at, mask=keep, other=0.0)
         rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
         rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
     raw_f, dA_f = _direction(
-        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, state_sums, state_stride, products,
-        at, at_chunk, keep, exists, rate_f, offset, low, high, h, H, place, stride_fl, stride_fh, out_stride_fl,
-        out_stride_fh, False, RAW, HAS_STATES, SMALLEST, MOST,
+        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, left,
+        state_sums, state_stride, products, at, at_chunk, keep, exists, rate_f, offset, low, high, h, H, place,
+        stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     raw_b, dA_b = _direction(
-        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, state_sums + 2 * state_stride,
-        state_stride, products + product_stride, at, at_chunk, keep, exists, rate_b, offset, low, high, h, H, place,
+        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, right,
+        state_sums + 2 * state_stride, state_stride, products + product_stride, at, at_chunk, keep, exists, rate_b,
+        offset, low, high, h, H, place,
         stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     if RAW:
