@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from ..ops import layout
 from .collators import IGNORED
 from .config import HydraConfig
-from .models import HydraInputs, HydraModel, HydraPreTrainedModel
+from .models import HydraInputs, HydraModel, HydraPreTrainedModel, names_inputs
 
 
 def _named(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +70,7 @@ class HydraForMaskedLM(HydraPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.decoder = new_embeddings
 
+    @names_inputs
     @can_return_tuple
     def forward(
         self,
@@ -144,6 +145,7 @@ class HydraForSequenceClassification(_Pooled):
     def __init__(self, config: HydraConfig) -> None:
         super().__init__(config, _labels(config))
 
+    @names_inputs
     @can_return_tuple
     def forward(
         self,
@@ -173,6 +175,7 @@ class HydraForMultipleChoice(_Pooled):
     def __init__(self, config: HydraConfig) -> None:
         super().__init__(config, 1)
 
+    @names_inputs
     @can_return_tuple
     def forward(
         self,
@@ -216,6 +219,7 @@ class HydraForTokenClassification(HydraPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, _labels(config))
         self.post_init()
 
+    @names_inputs
     @can_return_tuple
     def forward(
         self,
@@ -243,6 +247,7 @@ class HydraForQuestionAnswering(HydraPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @names_inputs
     @can_return_tuple
     def forward(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from ..mixer import MatrixMixer
 from ..ops import layout
 from .config import HydraConfig
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 class HydraInputs(TypedDict, total=False):
     """What every model takes besides input_ids, attention_mask and token_type_ids; B rows of L tokens."""
@@ -26,6 +30,17 @@ class HydraInputs(TypedDict, total=False):
     output_hidden_states: bool | None
     output_attentions: bool | None  # there are none: True raises ValueError
     return_dict: bool | None
+
+
+def names_inputs(forward: F) -> F:
+    """Put HydraInputs' names into a signature: Trainer drops what it does not find there from its batches."""
+    signature = inspect.signature(forward)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in HydraInputs.__annotations__
+    ]
+    forward.__signature__ = signature.replace(parameters=own + more)  # type: ignore[attr-defined]
+    return forward
 
 
 class HydraPreTrainedModel(PreTrainedModel):

@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from small_models import VOCABULARY, tiny, words
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForMaskedLM, EvalPrediction, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    pipeline,
+)
 
 from hydra_ssm.encoder import EncoderLayer
 from hydra_ssm.mixer import FLOAT32
@@ -20,7 +29,10 @@ from hydra_ssm.text import (
     PRESETS,
     HydraConfig,
     HydraForMaskedLM,
+    HydraForQuestionAnswering,
+    HydraForTokenClassification,
     HydraModel,
+    HydraPreTrainedModel,
     preset,
 )
 from hydra_ssm.text.tokenizer import load_tokenizer
@@ -160,6 +172,26 @@ def test_what_a_checkpoint_lacks_is_drawn_as_in_a_new_model(tmp_path: Path) -> N
             torch.testing.assert_close(found.std(), value.std(), rtol=0.3, atol=0, msg=name)
     steps = F.softplus(model.model.encoder.layers[0].mixer.dt_bias)
     assert ((steps > 0.9e-3) & (steps < 1.1e-1)).all()
+
+
+@pytest.mark.parametrize("model_class", [HydraForMaskedLM, HydraForTokenClassification, HydraForQuestionAnswering])
+def test_a_trainer_passes_on_what_packs_and_places_tokens(
+    model_class: type[HydraPreTrainedModel], tmp_path: Path
+) -> None:
+    model = model_class(tiny("bert")).eval()
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, use_cpu=True, disable_tqdm=True),
+        data_collator=lambda rows: {
+            "cu_seqlens": torch.tensor(rows[0].pop("cu_seqlens")),
+            **default_data_collator(rows),
+        },
+    )
+    row = {"input_ids": words(24).tolist(), "cu_seqlens": [0, 12, 24], "position_ids": [*range(3, 9)] * 4, "other": 1}
+    found = trainer.predict(Dataset.from_list([row])).predictions
+    given = {name: torch.tensor(row[name])[None] for name in ("input_ids", "position_ids")}
+    expected = model(**given, cu_seqlens=torch.tensor(row["cu_seqlens"]))[0]
+    torch.testing.assert_close(torch.tensor(found[0] if isinstance(found, tuple) else found), expected.detach())
 
 
 def test_a_trainer_gathers_a_prediction_for_each_token(tmp_path: Path) -> None:
