@@ -79,7 +79,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 CASES = [
-    ({}, None, True),
+    ({"batch": 1}, None, True),
     ({"width": 3}, padded(37), True),
     ({"batch": 1, "channels": 37, "inner": 19, "width": 9}, packed(1, 20, 2, 3, 11), True),
     ({"batch": 1, "width": 5}, packed(13, 1, 16, padding=7), False),
@@ -107,9 +107,6 @@ def test_kernels_equal_the_convolution_and_its_gradients(shape, documents, activ
     for name, a, b in zip(("y", "d", *NAMES), ours, exact, strict=False):
         assert error(a, b) < 1e-5, name
     assert bool(wide[..., :4].isnan().all())
-    again = kernels([x, *leaves[1:]], documents, activation, dy, dd, x, small())
-    for a, b in zip(ours, again, strict=True):
-        assert torch.equal(a, b)  # with dx in the memory of x, and the same bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
@@ -127,11 +124,20 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
         assert error(a, e) <= 2 * error(b, e) + unit, name
 
 
+def test_dx_may_be_the_memory_of_x_and_two_runs_agree() -> None:
+    leaves = case(length=19, channels=20, inner=16)
+    dy, dd = torch.randn_like(leaves[0]), torch.randn(2, 19, 3, device=DEVICE)
+    args = (padded(19), True, dy, dd)
+    once = kernels(leaves, *args, torch.empty_like(leaves[0]), small())
+    for a, b in zip(once, kernels(leaves, *args, leaves[0], small()), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_convolution_without_bias_and_diagonal() -> None:
     """The parameters keep their dtypes."""
     from hydra_ssm.ops.triton.conv import conv_backward, conv_forward
 
-    x, weight, *_ = case()
+    x, weight, *_ = case(batch=1)
     weight, dy = weight.half(), torch.randn_like(x)
     wide = [t.double().requires_grad_() for t in (x, weight)]
     exact = F.silu(short_conv(*wide, None))

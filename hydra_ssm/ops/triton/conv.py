@@ -1,7 +1,7 @@
 """Centred depthwise convolution of each document, SiLU, and the diagonal's projection; forward and backward.
 
-A program owns a tile of tokens x channels and reads it once a tap, shifted: the first read comes from memory, the
-others from the nearest cache. Which taps a token has (row's ends, documents, padding) is found once, as bits.
+A program owns a tile of tokens x channels. A warp has whole rows, a thread neighbouring rows of a few channels: it
+loads each once, for all the taps that read it. Tiles at the ends of a row or document mask each tap instead.
 
 The projection is part of the same kernel: its program owns tokens and loops over all channels, and multiplies each
 block with the block's columns of W_D while it is in registers. A kernel of its own would read all of y again, which is
@@ -22,11 +22,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# The axis of a tile that warps are spread over, of the two that the compiler might take. What it chooses changed; with
+# the other one results are the same, and the taps of neighbouring rows share no loads.
+AXIS = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1)
+INNER = tl.constexpr(1 - AXIS.value)  # the rows of a thread
+
 
 @triton.jit
 def _rows(BLOCK_L: tl.constexpr, SHARED: tl.constexpr):
-    """Rows of a tile as (SHARED, BLOCK_L / SHARED): the warps share the first axis, the second stays in a thread."""
-    return tl.arange(0, SHARED)[:, None] * (BLOCK_L // SHARED) + tl.arange(0, BLOCK_L // SHARED)[None, :]
+    """Rows of a tile, (SHARED, BLOCK_L / SHARED) or mirrored: SHARED warps have neighbouring rows each."""
+    size: tl.constexpr = BLOCK_L // SHARED
+    warp = tl.expand_dims(tl.arange(0, SHARED), INNER)
+    return warp * size + tl.expand_dims(tl.arange(0, size), AXIS)
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF: tl.constexpr
 @triton.jit
 def _parameter(pointer, c, keep, SHARED: tl.constexpr):
     """(SHARED, 1, BLOCK_C): laid out over threads as a tile is, so that it need not go through shared memory."""
-    zero = tl.zeros([SHARED, 1, 1], tl.int32)
+    zero = tl.expand_dims(tl.zeros([SHARED], tl.int32), INNER)[:, :, None]
     return tl.load(pointer + (c + zero), mask=keep & (zero == 0), other=0.0).to(tl.float32)
 
 
@@ -96,7 +103,7 @@ def _weighted(
     loads are the same. At borders the taps are a loop, which is slow but costs no registers.
     """
     HALF: tl.constexpr = WIDTH // 2
-    out = tl.zeros([SHARED, r.shape[1], c.shape[2]], tl.float32)
+    out = tl.zeros([r.shape[0], r.shape[1], c.shape[2]], tl.float32)
     if HAS_BIAS:
         out += _parameter(bias, c, keep, SHARED)
     if whole:
@@ -120,12 +127,12 @@ def _add_products(
         more = sums[:0]
         for t in tl.static_range(WIDTH):
             values = tl.load(x + (r[:, :, None] + (t - HALF)) * stride + c).to(tl.float32)
-            more = more + (sums[t] + tl.sum(g * values, 1, keep_dims=True),)  # noqa: RUF005
+            more = more + (sums[t] + tl.sum(g * values, INNER, keep_dims=True),)  # noqa: RUF005
         sums = more
     else:
         for t in tl.range(0, width):
             values = _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF, HAS_IDS)
-            product = tl.sum(g * values, 1, keep_dims=True)
+            product = tl.sum(g * values, INNER, keep_dims=True)
             more = sums[:0]
             for k in tl.static_range(WIDTH):
                 more = more + (sums[k] + tl.where(t == k, product, 0.0),)  # noqa: RUF005
@@ -200,7 +207,7 @@ def _conv_kernel(
             values = tl.reshape(tl.where(c < inner, stored, 0.0), [BLOCK_L, BLOCK_C])
             sums = tl.dot(values, tl.trans(columns), sums, input_precision="ieee")
     if HEADS:
-        i = tl.arange(0, BLOCK_L)
+        i = tl.reshape(r, [BLOCK_L])
         h = tl.arange(0, HEADS)
         sums += tl.load(head_bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
         mask = (begin + i < L)[:, None] & (h < H)[None, :]
@@ -246,12 +253,12 @@ def _gradient_kernel(
     c = _channels(start, BLOCK_C, VECTOR)
     keep = c < C
     r = _rows(BLOCK_L, SHARED)
-    i = tl.arange(0, BLOCK_L)
+    i = tl.reshape(r, [BLOCK_L])
     h = tl.arange(0, HEADS if HEADS else 16)
     if HEADS:
         columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(dtype)
     # Sums over the rows that a thread has; those of other threads are added after the loop.
-    bias_sum = tl.zeros([SHARED, 1, BLOCK_C], tl.float32)
+    bias_sum = tl.zeros([1 if AXIS else SHARED, SHARED if AXIS else 1, BLOCK_C], tl.float32)
     sums = (bias_sum,) * WIDTH
     first = group * share
     for number in tl.range(first, tl.minimum(first + share, all_tiles)):
@@ -283,12 +290,12 @@ def _gradient_kernel(
             g *= gate * (1.0 + pre * (1.0 - gate))
         tl.store(ds, g.to(dtype), mask=(begin + r < L)[:, :, None] & keep)
         sums = _add_products(sums, g, xs, stride_xl, own, numbers, r, c, keep, begin, L, width, whole, WIDTH, HAS_IDS)
-        bias_sum += tl.sum(g, 1, keep_dims=True)
+        bias_sum += tl.sum(g, INNER, keep_dims=True)
     table += group * (WIDTH + HAS_BIAS) * C
     for t in tl.static_range(WIDTH):
-        tl.store(table + t * C + c, tl.sum(sums[t], 0, keep_dims=True), mask=keep)
+        tl.store(table + t * C + c, tl.sum(sums[t], AXIS, keep_dims=True), mask=keep)
     if HAS_BIAS:
-        tl.store(table + WIDTH * C + c, tl.sum(bias_sum, 0, keep_dims=True), mask=keep)
+        tl.store(table + WIDTH * C + c, tl.sum(bias_sum, AXIS, keep_dims=True), mask=keep)
 
 
 @dataclass(frozen=True)
