@@ -86,8 +86,10 @@ class Run:
         for folder in (self.folder.path, self.folder.training, self.folder.checkpoints):
             remove_unfinished(folder)
         with quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
-            trainer = self._trainer([bar, stop])
             checkpoint = newest_whole(self.folder.checkpoints)
+            done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+            logs = SummaryWriter(self.folder.tensorboard, purge_step=done + 1)  # what comes now takes their place
+            trainer = self._trainer([bar, stop, TensorBoardCallback(logs)])
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if step < self.recipe.steps:
@@ -115,7 +117,7 @@ class Run:
             self.data.training,
             self.data.evaluation,
             processing_class=self.data.tokenizer,
-            callbacks=[*callbacks, EvaluateAtTheEnd(), TensorBoardCallback(SummaryWriter(self.folder.tensorboard))],
+            callbacks=[*callbacks, EvaluateAtTheEnd()],
         )
 
     def _facts(self, trainer: MaskedLMTrainer, score: Score) -> dict[str, Any]:

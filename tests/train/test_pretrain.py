@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_text import NOUNS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from hydra_ssm.cli import main
@@ -152,6 +153,16 @@ def test_what_a_killed_process_left_is_removed(finished: Path, tmp_path: Path) -
     resume(tmp_path)
     assert not left.exists()
     assert_same_bits(tmp_path, finished)
+
+
+def test_a_resumed_run_logs_each_step_once(finished: Path, tmp_path: Path) -> None:
+    folder = unfinished(finished, tmp_path)
+    shutil.rmtree(folder.checkpoints / "checkpoint-60")
+    before, after = (EventAccumulator(str(out / "training" / "tensorboard")) for out in (finished, tmp_path))
+    resume(tmp_path)
+    for tag in ("train/loss", "eval/loss"):
+        once, again = ([(event.step, event.value) for event in log.Reload().Scalars(tag)] for log in (before, after))
+        assert once == again
 
 
 def test_a_finished_run_is_a_folder_that_transformers_loads(finished: Path) -> None:
