@@ -16,6 +16,8 @@ from .errors import UserError
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".hydra-ssm-part-"  # begins the names of what is being written or removed
+REMOVED = f"{UNFINISHED}removed-"  # perhaps in part already
+REPLACED = f"{UNFINISHED}replaced-"  # whole, as long as nothing stands in its place
 KEPT = 3  # newest checkpoints
 
 
@@ -33,12 +35,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
         write_manifest(part)
         for path in [*part.rglob("*"), part]:
             sync(path)
-        old = _set_aside(target)
+        old = _set_aside(target, REPLACED)
         part.rename(target)
         sync(target.parent)
         remove(old)
     except BaseException as error:
         full = _disk_is_full(error, target.parent)
+        restore(target)
         remove(part)
         if full:
             raise UserError(
@@ -99,22 +102,31 @@ def remove_old(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left behind."""
+    """Remove what a killed process left behind, but for what it had no other of."""
+    for path in folder.glob(f"{REPLACED}*"):
+        restore(path.with_name(path.name.removeprefix(REPLACED)))
     for path in folder.glob(f"{UNFINISHED}*"):
         remove(path)
+
+
+def restore(target: Path) -> None:
+    """Bring back a folder that was set aside for another, if the other did not come."""
+    aside = target.with_name(REPLACED + target.name)
+    if aside.exists() and not target.exists():
+        aside.rename(target)
 
 
 def remove(path: Path) -> None:
     """Remove a file or folder, if there is one. No folder is ever seen half removed under its name."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path if path.name.startswith(UNFINISHED) else _set_aside(path))
+        shutil.rmtree(path if path.name.startswith(UNFINISHED) else _set_aside(path, REMOVED))
     else:
         path.unlink(missing_ok=True)
 
 
-def _set_aside(path: Path) -> Path:
-    """Where a folder, if there is one, waits for its removal."""
-    aside = path.with_name(f"{UNFINISHED}removed-{path.name}")
+def _set_aside(path: Path, prefix: str) -> Path:
+    """Where a folder, if there is one, waits for its removal: of `prefix` and its name."""
+    aside = path.with_name(prefix + path.name)
     shutil.rmtree(aside, ignore_errors=True)
     if path.exists():
         path.rename(aside)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoints import MANIFEST, UNFINISHED, damage, remove, sync, whole_folder, write_text
+from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_folder, write_text
 from .errors import UserError
 from .recipe import Recipe
 
@@ -30,7 +30,8 @@ class RunFolder:
         self.finished = self.training / "finished.json"
 
     def exists(self) -> bool:
-        """Whether a run has begun here."""
+        """Whether a run has begun here. Brings back one that a killed process was about to replace."""
+        restore(self.training)
         return self.recipe.is_file()
 
     def read_recipe(self) -> Recipe:

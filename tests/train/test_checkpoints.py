@@ -1,6 +1,7 @@
 """A folder is whole or not there, and damage is seen."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hydra_ssm.train.checkpoints import KEPT, MANIFEST, checkpoints, damage, newest_whole, remove_old, whole_folder
+from hydra_ssm.train.checkpoints import (
+    KEPT,
+    MANIFEST,
+    REMOVED,
+    checkpoints,
+    damage,
+    newest_whole,
+    remove_old,
+    remove_unfinished,
+    whole_folder,
+)
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.folder import RunFolder
 
 
 def write(folder: Path, step: int) -> Path:
@@ -38,6 +50,53 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         (part / "nowhere" / "weights").write_bytes(b"new")
     assert files(tmp_path) == before
     assert damage(path) is None
+
+
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = write(tmp_path, 1), Path.rename
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if target == path:
+            monkeypatch.setattr(Path, "rename", rename)
+            raise PermissionError
+        return rename(self, target)
+
+    before = files(tmp_path)
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(PermissionError):
+        write(tmp_path, 1)
+    assert files(tmp_path) == before
+    assert damage(path) is None
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from hydra_ssm.train.checkpoints import whole_folder
+target, rename = Path(sys.argv[1]), Path.rename
+Path.rename = lambda self, to: os._exit(9) if to == target else rename(self, to)
+with whole_folder(target) as part:
+    (part / "recipe.json").write_text("new")
+"""
+
+
+def test_what_a_killed_process_was_about_to_replace_comes_back(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for content, come_back in (("one", folder.exists), ("two", lambda: remove_unfinished(tmp_path))):
+        with whole_folder(folder.training) as part:
+            (part / "recipe.json").write_text(content, encoding="utf-8")
+        assert subprocess.run([sys.executable, "-c", KILLED, str(folder.training)]).returncode == 9
+        assert not folder.training.exists()
+        come_back()
+        assert folder.recipe.read_text(encoding="utf-8") == content
+        remove_unfinished(tmp_path)
+        assert files(tmp_path) == {"training/recipe.json", "training/manifest.json"}
+
+
+def test_what_a_killed_process_was_removing_does_not_come_back(tmp_path: Path) -> None:
+    write(tmp_path, 1).rename(tmp_path / f"{REMOVED}checkpoint-1")
+    remove_unfinished(tmp_path)
+    assert not files(tmp_path)
 
 
 def flip_a_bit(path: Path) -> None:
