@@ -192,8 +192,6 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
     if padded:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=DEVICE)
         ids[:, -padded:] = -1
-        x = x * (ids >= 0)[:, :, None, None]
-        features = [t * (ids >= 0)[:, :, None, None] for t in features]
     dy = torch.randn_like(x)
     y, grads = raw_exact((x, raw, A_log, bias, limits, *features, ids, diagonal), dy)
     steps = Steps(raw[:, :, 0], raw[:, :, 1], A_log, bias, limits)
