@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -109,6 +110,7 @@ class Encoder(nn.Module):
         )
         self.last_norm = nn.LayerNorm(d_model, eps=eps) if norm == "pre" else nn.Identity()
         self.gradient_checkpointing = False  # recompute each layer for its gradient: less memory, a third more time
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # transformers sets its own
 
     def forward(
         self, h: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, *, every_layer: bool = False
@@ -130,5 +132,5 @@ class Encoder(nn.Module):
 
     def _run(self, layer: nn.Module, h: Tensor, documents: Documents | None) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, h, documents, use_reentrant=False)
+            return self._gradient_checkpointing_func(layer, h, documents)
         return layer(h, documents)

@@ -36,6 +36,8 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("broken.jsonl").write_text('{"text": ', encoding="utf-8")
     Path("vocab.txt").write_text("a\nb\n", encoding="utf-8")
     Path("no_text").mkdir()
+    Path("texts").mkdir()
+    Path("texts", "a.txt").write_text(LINES, encoding="utf-8")
     Path("foreign").mkdir()
     Path("foreign", "thesis.tex").write_text("years of work", encoding="utf-8")
     Path("run").symlink_to(run)
@@ -52,6 +54,9 @@ MISTAKES = {
     "pretrain nowhere.txt": "there is no file or folder nowhere.txt",
     "pretrain nowhere/": "there is no file or folder nowhere/",
     "pretrain someone/something": "someone/something is neither a file, a folder nor a data set that could be loaded: ",
+    "pretrain text.txt --column body": "a column must be of a data set, there is none to take body from",
+    "pretrain text.txt --held-out ./text.txt": "what is held out must not be trained on, .* text.txt is in both",
+    "pretrain texts --held-out texts/a.txt": "what is held out must not be trained on, .* a.txt is in both",
     "pretrain empty.txt": "empty.txt must hold text, it is empty",
     "pretrain binary.txt": "binary.txt must be text, it holds a zero byte at 0: a binary file?",
     "pretrain latin.txt": "latin.txt must be UTF-8 text, its byte 2 is not: ",

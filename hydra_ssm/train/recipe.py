@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from .errors import UserError
+from .sources import TEXT_COLUMN
 
 # A small text on a CPU: about three minutes on 2 cores. Other presets take the paper's numbers, the defaults below.
 SMALL = {
@@ -43,7 +44,7 @@ class Recipe:
     preset: str
     sources: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
-    column: str = "text"
+    column: str = TEXT_COLUMN
     tokenizer: str | None = None
     vocab_size: int = 30522
     length: int = 128

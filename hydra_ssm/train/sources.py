@@ -16,6 +16,7 @@ from .reference_text import language_reference
 
 TEXT = {".txt", ".text", ".md", ".rst"}
 DATA = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+TEXT_COLUMN = "text"  # where the user names no other
 ONE_IN = 20  # so many documents, one is held out; of fewer documents, the last part of each
 
 
@@ -81,15 +82,30 @@ class Corpus:
         return (text for held_out, text in self if not held_out)
 
 
-def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: str = "text") -> Corpus:
+def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: str = TEXT_COLUMN) -> Corpus:
     """The corpus of these files, folders and data set names; of none, Python's language reference.
 
-    Raises UserError where one does not exist, or holds no text that can be read.
+    Raises UserError where one does not exist, or holds no text that can be read, or is both trained on and held out.
     """
+    kept = [open_source(source, column) for source in held_out]
+    train = [open_source(source, column) for source in sources]
+    if twice := _names(sources, train) & _names(held_out, kept):
+        raise UserError(f"what is held out must not be trained on, {min(twice)} is in both")
+    if column != TEXT_COLUMN and not any(isinstance(texts, Column) for texts in train + kept):
+        raise UserError(f"a column must be of a data set, there is none to take {column} from")
     if not sources:
-        train, kept = language_reference()
-        return Corpus([train], [open_source(s, column) for s in held_out] or [kept])
-    return Corpus([open_source(s, column) for s in sources], [open_source(s, column) for s in held_out])
+        reference, end = language_reference()
+        return Corpus([reference], kept or [end])
+    return Corpus(train, kept)
+
+
+def _names(sources: Sequence[str], opened: Sequence[Texts]) -> set[str]:
+    """The full paths of text files and of what holds data sets, or the names of these."""
+    found: set[str] = set()
+    for source, texts in zip(sources, opened, strict=True):
+        paths = texts.paths if isinstance(texts, Files) else [Path(source).expanduser()]
+        found |= {str(path.resolve()) if path.exists() else source for path in paths}
+    return found
 
 
 def open_source(source: str, column: str) -> Texts:

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,11 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(monkey
     ids, labels, runs = words(2, 9), words(2, 9), []
     forward = EncoderLayer.forward
     monkeypatch.setattr(EncoderLayer, "forward", lambda self, *args: (runs.append(1), forward(self, *args))[1])
-    gradients = []
+    gradients, contexts = [], []
+    options = {"use_reentrant": False, "context_fn": lambda: (contexts.append(1) or nullcontext(), nullcontext())}
     for enable, calls in ((False, 4), (True, 8)):
         if enable:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         runs.clear()
         model.zero_grad()
         model(ids, labels=labels).loss.backward()
@@ -131,6 +133,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(monkey
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-14)
+    assert len(contexts) == 4
     model.gradient_checkpointing_disable()
     assert not model.model.encoder.gradient_checkpointing
 

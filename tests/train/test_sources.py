@@ -91,6 +91,18 @@ def test_what_is_held_out_by_the_user_is_not_trained_on(tmp_path: Path) -> None:
     assert list(corpus) == [(False, "train"), (True, "valid")]
 
 
+def test_a_data_set_is_not_trained_on_and_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"body": "a"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must not be trained on, .*rows.jsonl is in both"):
+        open_corpus([str(tmp_path / "rows.jsonl")], ["rows.jsonl"], "body")
+    Path("more.txt").write_text("b", encoding="utf-8")
+    assert list(open_corpus(["rows.jsonl"], ["more.txt"], "body")) == [(False, "a"), (True, "b")]
+
+
 def test_no_held_out_paragraph_of_the_language_reference_is_trained_on() -> None:
     def paragraphs(texts: list[str]) -> list[str]:
         found = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
