@@ -190,11 +190,15 @@ class HydraForMultipleChoice(_Pooled):
         Args:
             labels: (B,) int, the right choice.
         """
-        given = input_ids if input_ids is not None else inputs.get("inputs_embeds")
+        embedded = inputs.get("inputs_embeds")
+        given = input_ids if embedded is None else embedded[..., 0]
         if inputs.get("cu_seqlens") is not None:
             raise ValueError("cu_seqlens must be None: multiple choice takes no packed rows")
-        if given is None or given.ndim < 3:
-            raise ValueError("input_ids must be (batch, choices, length), or inputs_embeds with hidden_size after that")
+        if given is None or given.ndim != 3:
+            got = "none" if given is None else tuple(given.shape if embedded is None else embedded.shape)
+            raise ValueError(
+                f"input_ids must be (batch, choices, length), or inputs_embeds with hidden_size after that, got {got}"
+            )
         mask, flat = _rows(attention_mask), {name: _rows(value) for name, value in inputs.items()}
         outputs = self.model(_rows(input_ids), mask, _rows(token_type_ids), **_named(flat))
         logits = self.classify(outputs.last_hidden_state, mask, None).view(-1, given.shape[1])

@@ -101,20 +101,27 @@ class HydraEmbeddings(nn.Module):
             token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
         h = words + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
-            if position_ids is None:
-                position_ids = positions(words, mask, cu_seqlens)
-            h = h + self._place(position_ids)
+            h = h + self._place(words, position_ids, mask, cu_seqlens)
         return self.dropout(self.norm(h))
 
-    def _place(self, position_ids: Tensor) -> Tensor:
+    def _place(
+        self, words: Tensor, position_ids: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         assert self.position_embeddings is not None
-        most = self.position_embeddings.num_embeddings
-        if position_ids.shape[-1] > most and not torch.compiler.is_compiling() and position_ids.max() >= most:
+        most, place = self.position_embeddings.num_embeddings, position_ids
+        if place is None:
+            place = positions(words, mask, cu_seqlens)
+            if place.shape[-1] > most and not torch.compiler.is_compiling() and place.max() >= most:
+                longest = int(place.max()) + 1
+                raise ValueError(
+                    f"documents must be at most max_position_embeddings = {most} tokens long, got {longest}"
+                )
+        elif not torch.compiler.is_compiling() and (place.min() < 0 or place.max() >= most):
             raise ValueError(
-                f"documents must be at most max_position_embeddings = {most} tokens long, "
-                f"got {int(position_ids.max()) + 1}"
+                f"position_ids must be at least 0 and below max_position_embeddings = {most}, "
+                f"got {int(place.min())} to {int(place.max())}"
             )
-        return self.position_embeddings(position_ids)
+        return self.position_embeddings(place)
 
 
 def positions(h: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

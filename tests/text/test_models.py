@@ -89,7 +89,28 @@ def test_documents_beyond_the_learned_positions_are_refused_and_long_rows_are_no
     HydraForMaskedLM(tiny("hydra"))(words(1, 200))
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 12), (-1, 3)])
+def test_positions_that_were_not_learned_are_refused(first: int, last: int) -> None:
+    places = torch.tensor([[first, 1, last]])
+    with pytest.raises(ValueError, match=f"at least 0 and below max_position_embeddings = 12, got {first} to {last}"):
+        HydraForMaskedLM(tiny("bert"))(words(1, 3), position_ids=places)
+
+
 # ---------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        ({"input_ids": words(3, 4)}, r"\(3, 4\)"),
+        ({"inputs_embeds": torch.zeros(3, 4, 32)}, r"\(3, 4, 32\)"),
+        ({"input_ids": words(3, 2, 4, 1)}, r"\(3, 2, 4, 1\)"),
+        ({}, "none"),
+    ],
+)
+def test_choices_of_another_shape_are_refused(inputs: dict[str, Tensor], got: str) -> None:
+    with pytest.raises(ValueError, match=rf"input_ids must be \(batch, choices, length\), .* got {got}"):
+        HydraForMultipleChoice(tiny())(**inputs)
 
 
 def test_in_training_a_masked_lm_decodes_labelled_tokens_alone(exact: HydraForMaskedLM) -> None:
