@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from ..mixer import FLOAT32
+from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED, MaskedLMCollator
 from .baseline import Score
@@ -93,7 +93,9 @@ class MaskedLMTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and the numbers that decays and skips are made of."""
-        return [name for name in super().get_decay_parameter_names(model) if name.split(".")[-1] not in FLOAT32]
+        mixers = [(path, m) for path, m in model.named_modules() if isinstance(m, MatrixMixer)]
+        kept = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def compute_loss(
         self,
