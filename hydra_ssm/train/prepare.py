@@ -34,6 +34,8 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     tokenizer = _tokenizer(recipe, corpus)
     config.vocab_size = -(-len(tokenizer) // 8) * 8
     config.pad_token_id = tokenizer.pad_token_id
+    if config.max_position_embeddings > 0:
+        tokenizer.model_max_length = config.max_position_embeddings  # where truncation=True cuts
     for name, held_out in (("train", False), ("held_out", True)):
         texts = (text for is_held_out, text in corpus if is_held_out == held_out)
         rows = PackedRows.write(folder / name, pieces(texts, tokenizer, recipe.length), recipe.length)

@@ -227,6 +227,15 @@ def test_biases_norms_and_decays_do_not_decay(finished: Path) -> None:
     assert all("norm" in name for name in kept if name.endswith(".weight"))
 
 
+def test_a_tokenizer_knows_how_long_its_models_texts_may_be(text_file: Path, tmp_path: Path) -> None:
+    for name, longest in (("bert-tiny", 512), ("hydra-tiny", 1_000_000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        prepare(Recipe.of(name, sources=(str(text_file),), vocab_size=90, length=32, batch_size=2), folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        assert len(tokenizer("cat " * 600, truncation=True)["input_ids"]) == min(602, longest)
+
+
 def test_the_learning_rate_warms_up_for_six_percent_and_falls_to_two(tmp_path: Path) -> None:
     from transformers import get_scheduler
 
