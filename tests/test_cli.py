@@ -93,7 +93,7 @@ MISTAKES = {
     "fill-mask no_model [MASK]": "no_model holds no model that can be read: the model_type of config.json must be ",
     "embed run nowhere.txt": "cannot read nowhere.txt: No such file or directory",
     "embed run empty.txt": "empty.txt must hold text, it is empty",
-    "embed run text.txt --out nowhere/x.npy": "No such file or directory: nowhere/x.npy",
+    "embed run text.txt --out nowhere/x.npy": "the folder of --out must exist, there is no nowhere",
     "convert nowhere.pt new": "nowhere.pt",
 }
 

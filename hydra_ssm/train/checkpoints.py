@@ -133,13 +133,21 @@ def _set_aside(path: Path, prefix: str) -> Path:
     return aside
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or not there."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new file to write, which becomes `path` once it is on the disk. A device or pipe is given as it is."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     part = path.with_name(UNFINISHED + path.name)
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
-    sync(path.parent)
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -158,11 +158,14 @@ def embed(
 
     from ..text.inference import TextModel, nearest_pairs, paragraphs
     from ..text.reading import read_text
+    from .checkpoints import whole_file
 
+    out = out or file.with_name(file.name + ".npy")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder of --out must exist, there is no {out.parent}")
     texts = paragraphs(read_text(file))
     vectors = TextModel(model).embed(texts)
-    out = out or file.with_name(file.name + ".npy")
-    with out.open("wb") as stream:
+    with whole_file(out) as part, part.open("wb") as stream:
         np.save(stream, vectors.numpy())
     print(f"wrote {out}: {len(texts)} texts, {vectors.shape[1]} numbers each")
     for first, second, similarity in nearest_pairs(vectors, 3):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_folder, write_text
+from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_file, whole_folder
 from .errors import UserError
 from .recipe import Recipe
 
@@ -98,7 +98,8 @@ class RunFolder:
         for name in names:
             (staging / name).replace(self.path / name)
         sync(self.path)
-        write_text(self.finished, json.dumps(names) + "\n")
+        with whole_file(self.finished) as part:
+            part.write_text(json.dumps(names) + "\n", encoding="utf-8")
         remove(staging)
 
 

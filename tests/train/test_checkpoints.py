@@ -18,6 +18,7 @@ from hydra_ssm.train.checkpoints import (
     newest_whole,
     remove_old,
     remove_unfinished,
+    whole_file,
     whole_folder,
 )
 from hydra_ssm.train.errors import UserError
@@ -50,6 +51,19 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         (part / "nowhere" / "weights").write_bytes(b"new")
     assert files(tmp_path) == before
     assert damage(path) is None
+
+
+def test_a_file_is_replaced_by_a_whole_one_alone(tmp_path: Path) -> None:
+    path, link = tmp_path / "real.npy", tmp_path / "link.npy"
+    path.write_text("old", encoding="utf-8")
+    link.symlink_to(path)
+    with pytest.raises(UnicodeEncodeError), whole_file(link) as part:
+        part.write_text("n\u00eb", encoding="ascii")
+    assert path.read_text(encoding="utf-8") == "old"
+    with whole_file(link) as part:
+        part.write_text("new", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "new"
+    assert files(tmp_path) == {"real.npy", "link.npy"}
 
 
 def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
