@@ -15,7 +15,8 @@ from .matrices import MATRICES, Inputs, Placed, Projected, Settings, StructuredM
 from .ops import Documents, Layout, layout, per_document, rows
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
-STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states", "impl", "recompute"}
+STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
+STATE_OPTIONS |= {"impl", "recompute"}
 FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
 
 
@@ -187,9 +188,7 @@ class MatrixMixer(nn.Module):
     def _block(self, projected: Tensor, documents: Documents | None) -> Projected:
         conv, norm = self.conv1d, self.norm
         parameters = {name: read(self, name) for name in self.own}
-        return Projected(
-            projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents
-        )
+        return Projected(projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents)
 
     def _inputs(self, projected: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
         """The gate z and all that the matrix is built from."""

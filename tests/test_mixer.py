@@ -115,7 +115,7 @@ def test_the_matrix_of_a_trained_layer_is_differentiable_and_mixes_as_the_layer_
     assert M.shape == (2, 4, 9, 9)
     M.square().sum().backward()
     assert m.A_log.grad.abs().sum() > 0
-    z, inputs = m._project(u, None)
+    z, inputs = m._inputs(m.in_proj(u), None)
     y = torch.einsum("bhij,bjhp->bihp", M, inputs.x).flatten(2)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * m.norm.weight * torch.nn.functional.silu(z)
     torch.testing.assert_close(m.out_proj(y), m(u))

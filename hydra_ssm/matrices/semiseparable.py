@@ -33,6 +33,7 @@ class Triangles(StructuredMatrix):
 
     triangles: tuple[Triangle, ...]
     diagonal: Tensor | None  # (B, L, H)
+    impl: str | None = None
 
     @classmethod
     def features(cls, settings: Settings) -> tuple[Feature, ...]:
@@ -67,7 +68,7 @@ class Triangles(StructuredMatrix):
             diagonal = F.linear(inputs.x.flatten(2), weight.to(inputs.x.dtype)) + inputs.parameters["D"]
         endings = cls._endings() * (2 if cls.shared else 1)
         triangles = tuple(cls._triangle(inputs, d, e) for d, e in zip(cls.directions, endings, strict=True))
-        return cls(inputs.documents, triangles, diagonal)
+        return cls(inputs.documents, triangles, diagonal, inputs.settings.impl)
 
     @classmethod
     def _endings(cls) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ class Triangles(StructuredMatrix):
         return M if self.diagonal is None else M + torch.diag_embed(self.diagonal.mT)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return semiseparable(x, self.triangles, self.documents, diagonal=self.diagonal)
+        return semiseparable(x, self.triangles, self.documents, diagonal=self.diagonal, impl=self.impl)
 
 
 class Semiseparable(Triangles):
@@ -141,7 +142,7 @@ class Concat(Triangles):
 
     def multiply(self, x: Tensor) -> Tensor:
         halves = zip(x.chunk(2, dim=2), self.triangles, strict=True)
-        return torch.cat([semiseparable(half, [t], self.documents) for half, t in halves], dim=2)
+        return torch.cat([semiseparable(half, [t], self.documents, impl=self.impl) for half, t in halves], dim=2)
 
 
 class Mult(Triangles):
@@ -151,7 +152,7 @@ class Mult(Triangles):
         raise TypeError("mult is quadratic in x and has no matrix: look at its triangles, one by one")
 
     def multiply(self, x: Tensor) -> Tensor:
-        return reduce(torch.mul, [semiseparable(x, [t], self.documents) for t in self.triangles])
+        return reduce(torch.mul, [semiseparable(x, [t], self.documents, impl=self.impl) for t in self.triangles])
 
 
 def _dt_bias(settings: Settings) -> Tensor:

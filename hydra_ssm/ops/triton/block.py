@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .conv import conv_backward, conv_forward
 from .decay import Steps
@@ -84,10 +84,10 @@ def block_forward(
 ) -> tuple[Tensor, Kept]:  # fmt: skip
     """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H); keep: with the states of the backward's plan."""
     z, wet, dt_f, dt_b = sizes.parts(projected)
-    fc_D = weights.fc_D.to(projected.dtype)
-    xBC, diagonal = conv_forward(wet, weights.conv, weights.conv_bias, ids, True, (fc_D, weights.D))
-    assert diagonal is not None
+    xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
     x, *features = sizes.values_and_features(xBC)
+    dtype = x.dtype
+    diagonal = F.linear(xBC[..., : sizes.inner], weights.fc_D.to(dtype), weights.D.to(dtype))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     how = plan(x, features[0], backward=keep)
     y, states = quasiseparable_forward(x, steps, *features, ids, diagonal, how)
@@ -100,9 +100,9 @@ def block_backward(
     dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float],
     ids: Tensor | None, kept: Kept, reuse: bool,
 ) -> tuple[Tensor, Weights]:  # fmt: skip
-    """The gradients of projected and of the weights; reuse: kept and projected may be overwritten, and are."""
+    """The gradients of projected and of the weights; reuse: kept may be overwritten, and is."""
     z, wet, dt_f, dt_b = sizes.parts(projected)
-    dprojected = projected if reuse else torch.empty_like(projected)
+    dprojected = torch.empty_like(projected)
     dz, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
     dy = kept.y if reuse else torch.empty_like(kept.y)
     dnorm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz)
@@ -116,14 +116,11 @@ def block_backward(
     )  # fmt: skip
     assert ddiagonal is not None and ddt_bias is not None
     dd = ddiagonal.flatten(0, 1)
-    dfc_D = dd.to(x.dtype).T @ x.flatten(2).flatten(0, 1)
-    fc_D = weights.fc_D.to(x.dtype)
-    dconv, dconv_bias = conv_backward(
-        dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet, (ddiagonal, fc_D)
-    )
-    return dprojected, Weights(
-        dconv, dconv_bias, ddt_bias, dA_log, dd.sum(0).to(weights.D.dtype), dfc_D.to(weights.fc_D.dtype), dnorm
-    )
+    dfc_D = dd.T @ kept.xBC.flatten(0, 1)[:, : sizes.inner]
+    dxBC.flatten(0, 1)[:, : sizes.inner].addmm_(dd, weights.fc_D.to(dd.dtype))
+    dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
+    dD = dd.sum(0, dtype=torch.float32).to(weights.D.dtype)
+    return dprojected, Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), dnorm)
 
 
 INPUTS = (
@@ -166,12 +163,12 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     normed = new(batch, L, sizes.inner)
     if not keep:
         return normed, *(new(0) for _ in fields(Kept))
-    wide = partial(new, dtype=torch.float32)
     xBC = new(batch, L, sizes.inner + 4 * sizes.features)
     x, B, *_ = sizes.values_and_features(xBC)
     chunks = -(-L // plan(x, B, backward=True).chunk)
     states = new((2, batch, chunks, sizes.heads, sizes.state, sizes.headdim) if chunks > 1 else 0)
-    return normed, xBC, wide(batch, L, sizes.heads), new(batch, L, sizes.inner), wide(batch, L), states
+    rstd = new(batch, L, dtype=torch.float32)
+    return normed, xBC, new(batch, L, sizes.heads), new(batch, L, sizes.inner), rstd, states
 
 
 def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -211,7 +208,9 @@ def _differentiate(ctx: Any, dnormed: Tensor, *_: Tensor) -> tuple[Tensor | None
     return *(None if t is None else g for g, t in zip(grads, tensors[:8], strict=True)), *[None] * 6
 
 
-register("block", f"({INPUTS}, bool keep) -> ({', '.join(['Tensor'] * 6)})", _forward, _fake_forward, _differentiate, _save)
+register(
+    "block", f"({INPUTS}, bool keep) -> ({', '.join(['Tensor'] * 6)})", _forward, _fake_forward, _differentiate, _save
+)
 register(
     "block_backward",
     f"(Tensor dnormed, {INPUTS}, Tensor xBC, Tensor diagonal, Tensor y, Tensor rstd, Tensor states) -> "

@@ -1,16 +1,8 @@
-"""Centred depthwise convolution of each document, SiLU, and the diagonal's projection; forward and backward.
+"""Centred depthwise convolution of each document and SiLU: forward and backward, each in one pass over the tokens.
 
-A program owns a tile of tokens x channels. A warp has whole rows, a thread neighbouring rows of a few channels: it
-loads each once, for all the taps that read it. Tiles at the ends of a row or document mask each tap instead.
-
-The projection is part of the same kernel: its program owns tokens and loops over all channels, and multiplies each
-block with the block's columns of W_D while it is in registers. A kernel of its own would read all of y again, which is
-more than the caches hold, for a thousandth of the arithmetic of a projection; sums over channels in other programs
-would have to be written, and added up.
-
-Backward is two kernels. The first finds the pre-activations again and turns dy into their gradient g, and sums the
-weight's gradient over many tiles of tokens, one row of a small table for each program. The second is the convolution
-of g with the mirrored weight; a program cannot do both, as it has not the rows of g beside its own.
+A program owns a few channels of a stretch of tokens and goes through it row by row, with the rows that the taps reach in
+registers: each is read once, but for those beside the stretch. The backward pass keeps a second window, of gradients of
+the pre-activations, which it finds on the way; the weight's gradient is summed up along the stretch.
 """
 
 from __future__ import annotations
@@ -22,396 +14,244 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The axis of a tile that warps are spread over, of the two that the compiler might take. What it chooses changed; with
-# the other one results are the same, and the taps of neighbouring rows share no loads.
-AXIS = tl.constexpr(0 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 1)
-INNER = tl.constexpr(1 - AXIS.value)  # the rows of a thread
+
+@triton.jit
+def _place(L, C, stretches, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's row of the batch, first token and number of tokens, number of the stretch, and channels."""
+    parts = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0).to(tl.int64)
+    part = (pid % parts).to(tl.int32)
+    stretch = pid // parts
+    first = (stretch % stretches).to(tl.int32) * ROWS
+    c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    return stretch // stretches, first, tl.minimum(ROWS, L - first), stretch, c
 
 
 @triton.jit
-def _rows(BLOCK_L: tl.constexpr, SHARED: tl.constexpr):
-    """Rows of a tile, (SHARED, BLOCK_L / SHARED) or mirrored: SHARED warps have neighbouring rows each."""
-    size: tl.constexpr = BLOCK_L // SHARED
-    warp = tl.expand_dims(tl.arange(0, SHARED), INNER)
-    return warp * size + tl.expand_dims(tl.arange(0, size), AXIS)
+def _taps(weight, c, keep, WIDTH: tl.constexpr):
+    taps = ()
+    for t in tl.static_range(WIDTH):
+        taps = taps + (tl.load(weight + c * WIDTH + t, mask=keep, other=0.0).to(tl.float32),)  # noqa: RUF005
+    return taps
 
 
-@triton.jit
-def _channels(start, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr):
-    """(1, 1, BLOCK_C) channels, of which a thread gets VECTOR neighbours: so many registers for each parameter."""
-    return (start + tl.max_contiguous(tl.arange(0, BLOCK_C), VECTOR))[None, None, :]
-
-
-@triton.jit
-def _one_document(ids, begin, L, HALF: tl.constexpr, BLOCK_L: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Whether all taps of the tile at row `begin` reach a row. As most do, they go without masks.
-
-    A document's number belongs to it alone, so that two equal ones have no other between them.
-    """
-    last = begin + (BLOCK_L + HALF - 1)
-    whole = (begin >= HALF) & (last < L)
-    if HAS_IDS:
-        left = tl.load(ids + tl.maximum(begin - HALF, 0))
-        whole = whole & (left >= 0) & (left == tl.load(ids + tl.minimum(last, L - 1)))
-    return whole
-
-
-@triton.jit
-def _numbers(ids, r, begin, L, HAS_IDS: tl.constexpr):
-    """Document numbers of the tile's rows, -1 past the end of the row."""
-    i = begin + r[:, :, None]
-    if HAS_IDS:
-        return tl.load(ids + i, mask=i < L, other=-1)
-    else:
-        return tl.where(i < L, 0, -1)
-
-
-@triton.jit
-def _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF: tl.constexpr, HAS_IDS: tl.constexpr):
-    """Rows r + t - HALF of x in float32, zero where the tap t, a number at run time, does not reach."""
-    j = r[:, :, None] + (t - HALF)
-    there = (begin + j >= 0) & (begin + j < L) & (own >= 0)
-    if HAS_IDS:
-        there = there & (tl.load(ids + begin + j, mask=there, other=-1) == own)
-    return tl.load(x + j * stride + c, mask=there & keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _parameter(pointer, c, keep, SHARED: tl.constexpr):
-    """(SHARED, 1, BLOCK_C): laid out over threads as a tile is, so that it need not go through shared memory."""
-    zero = tl.expand_dims(tl.zeros([SHARED], tl.int32), INNER)[:, :, None]
-    return tl.load(pointer + (c + zero), mask=keep & (zero == 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _projection(weight, start, inner, H, HEADS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(HEADS, BLOCK_C) columns of W_D (H, inner) from start on, zero beyond."""
-    h = tl.arange(0, HEADS)
-    c = start + tl.arange(0, BLOCK_C)
-    mask = (h < H)[:, None] & (c < inner)[None, :]
-    return tl.load(weight + h[:, None] * inner + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _weighted(
-    x, stride, weight, bias, ids, own, r, c, keep, begin, L, C, width, whole,
-    WIDTH: tl.constexpr, MIRROR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """The convolution of a tile.
-
-    Without masks a thread loads each of its rows, which are neighbours, once for all taps: the compiler sees that the
-    loads are the same. At borders the taps are a loop, which is slow but costs no registers.
-    """
-    HALF: tl.constexpr = WIDTH // 2
-    out = tl.zeros([r.shape[0], r.shape[1], c.shape[2]], tl.float32)
-    if HAS_BIAS:
-        out += _parameter(bias, c, keep, SHARED)
-    if whole:
-        for t in tl.static_range(WIDTH):
-            values = tl.load(x + (r[:, :, None] + (t - HALF)) * stride + c).to(tl.float32)
-            out += values * _parameter(weight + (WIDTH - 1 - t if MIRROR else t) * C, c, keep, SHARED)
-    else:
-        for t in tl.range(0, width):
-            values = _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF, HAS_IDS)
-            out += values * _parameter(weight + (WIDTH - 1 - t if MIRROR else t) * C, c, keep, SHARED)
-    return out
-
-
-@triton.jit
-def _add_products(
-    sums, g, x, stride, ids, own, r, c, keep, begin, L, width, whole, WIDTH: tl.constexpr, HAS_IDS: tl.constexpr
-):
-    """sums, one for each tap, and a tile's g times what the tap reads, over the rows of a thread."""
-    HALF: tl.constexpr = WIDTH // 2
-    if whole:
-        more = sums[:0]
-        for t in tl.static_range(WIDTH):
-            values = tl.load(x + (r[:, :, None] + (t - HALF)) * stride + c).to(tl.float32)
-            more = more + (sums[t] + tl.sum(g * values, INNER, keep_dims=True),)  # noqa: RUF005
-        sums = more
-    else:
-        for t in tl.range(0, width):
-            values = _masked_tap(x, stride, ids, own, r, c, keep, begin, L, t, HALF, HAS_IDS)
-            product = tl.sum(g * values, INNER, keep_dims=True)
-            more = sums[:0]
-            for k in tl.static_range(WIDTH):
-                more = more + (sums[k] + tl.where(t == k, product, 0.0),)  # noqa: RUF005
-            sums = more
-    return sums
-
-
-@triton.jit(do_not_specialize=["L", "tiles", "width"])
-def _conv_kernel(
+@triton.jit(do_not_specialize=["L", "stretches"])
+def _forward_kernel(
     x,
     weight,
     bias,
     ids,
-    head_weight,
-    head_bias,
     y,
-    d,
     L,
     C,
-    tiles,
-    parts,
-    inner,
-    H,
-    width,
-    stride_xb,
-    stride_xl,
-    stride_yb,
-    stride_yl,
+    stretches,
+    stride_b,
+    stride_l,
     WIDTH: tl.constexpr,
-    MIRROR: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Grid (B tiles parts): parts share a tile's channels, one where there are HEADS to project to."""
+    """Grid (B stretches blocks of channels)."""
     HALF: tl.constexpr = WIDTH // 2
-    pid = tl.program_id(0)
-    part = pid % parts
-    begin = (pid // parts % tiles) * BLOCK_L
-    batch = (pid // parts // tiles).to(tl.int64)
-    x += batch * stride_xb + begin.to(tl.int64) * stride_xl  # offsets inside a tile fit into 32 bits
-    y += batch * stride_yb + begin.to(tl.int64) * stride_yl
-    if HAS_IDS:
-        ids += batch * L
-    r = _rows(BLOCK_L, SHARED)
-    own = _numbers(ids, r, begin, L, HAS_IDS)
-    one_document = _one_document(ids, begin, L, HALF, BLOCK_L, HAS_IDS)
-    if HEADS:
-        sums = tl.zeros([BLOCK_L, HEADS], tl.float32)
-    for start in tl.range(part * BLOCK_C, C, parts * BLOCK_C):
-        start = tl.multiple_of(start, BLOCK_C)
-        c = _channels(start, BLOCK_C, VECTOR)
-        keep = c < C
-        whole = one_document & (start + BLOCK_C <= C)
-        out = _weighted(
-            x, stride_xl, weight, bias, ids, own, r, c, keep, begin, L, C, width, whole,
-            WIDTH, MIRROR, HAS_BIAS, HAS_IDS, SHARED,
-        )  # fmt: skip
-        if ACTIVATION:
-            out *= tl.sigmoid(out)
+    batch, first, count, _, c = _place(L, C, stretches, ROWS, BLOCK_C)
+    keep = c < C
+    x += batch * stride_b + first.to(tl.int64) * stride_l  # offsets inside a stretch fit into 32 bits
+    y += (batch * L + first) * C
+    ids += batch * L + first
+    low, high = -first, L - first
+    taps = _taps(weight, c, keep, WIDTH)
+    start = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_BIAS:
+        start += tl.load(bias + c, mask=keep, other=0.0).to(tl.float32)
+    window = ()
+    numbers = ()
+    for k in tl.static_range(WIDTH - 1):
+        there = (k - HALF >= low) & (k - HALF < high)
+        row = tl.load(x + (k - HALF) * stride_l + c, mask=keep & there, other=0.0)
+        window = window + (row.to(tl.float32),)  # noqa: RUF005
         if HAS_IDS:
-            out = tl.where(own >= 0, out, 0.0)  # the bias
-        stored = out.to(y.dtype.element_ty)
-        tl.store(y + r[:, :, None] * stride_yl + c, stored, mask=(begin + r < L)[:, :, None] & keep)
-        if HEADS and start < inner:
-            columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(stored.dtype)
-            values = tl.reshape(tl.where(c < inner, stored, 0.0), [BLOCK_L, BLOCK_C])
-            sums = tl.dot(values, tl.trans(columns), sums, input_precision="ieee")
-    if HEADS:
-        i = tl.reshape(r, [BLOCK_L])
-        h = tl.arange(0, HEADS)
-        sums += tl.load(head_bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        mask = (begin + i < L)[:, None] & (h < H)[None, :]
-        tl.store(d + (batch * L + begin) * H + (i[:, None] * H + h[None, :]), sums, mask=mask)
+            numbers = numbers + (tl.load(ids + (k - HALF), mask=there, other=-2),)  # noqa: RUF005
+    for k in tl.range(0, count, UNROLL):
+        rows = ()
+        for s in tl.static_range(UNROLL):
+            j = k + s + HALF
+            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+        for s in tl.static_range(UNROLL):
+            window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
+            if HAS_IDS:
+                j = k + s + HALF
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
+            out = start
+            for t in tl.static_range(WIDTH):
+                if HAS_IDS:
+                    out += tl.where(numbers[t] == numbers[HALF], window[t], 0.0) * taps[t]
+                else:
+                    out += window[t] * taps[t]
+            if ACTIVATION:
+                out *= tl.sigmoid(out)
+            if HAS_IDS:
+                out = tl.where(numbers[HALF] >= 0, out, 0.0)
+                numbers = numbers[1:]
+            tl.store(y + (k + s) * C + c, out.to(y.dtype.element_ty), mask=keep & (k + s < count))
+            window = window[1:]
 
 
-@triton.jit(do_not_specialize=["L", "tiles", "all_tiles", "share", "width"])
-def _gradient_kernel(
+@triton.jit(do_not_specialize=["L", "stretches"])
+def _backward_kernel(
     dy,
     x,
     weight,
     bias,
     ids,
-    dd,
-    head_weight,
+    dx,
     table,
     L,
     C,
-    tiles,
-    all_tiles,
-    share,
-    parts,
-    inner,
-    H,
-    width,
-    stride_xb,
-    stride_xl,
+    stretches,
+    stride_b,
+    stride_l,
+    stride_db,
+    stride_dl,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK_L: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Grid (groups parts): a program has one block of channels of `share` tiles of tokens."""
+    """Grid as forward. At step k: x enters at row k, g at row k - HALF, dx leaves at row k - 2 HALF of the stretch."""
     HALF: tl.constexpr = WIDTH // 2
-    dtype: tl.constexpr = x.dtype.element_ty
-    group = tl.program_id(0) // parts
-    start = tl.multiple_of(tl.program_id(0) % parts * BLOCK_C, BLOCK_C)
-    c = _channels(start, BLOCK_C, VECTOR)
+    batch, first, count, stretch, c = _place(L, C, stretches, ROWS, BLOCK_C)
     keep = c < C
-    r = _rows(BLOCK_L, SHARED)
-    i = tl.reshape(r, [BLOCK_L])
-    h = tl.arange(0, HEADS if HEADS else 16)
-    if HEADS:
-        columns = _projection(head_weight, start, inner, H, HEADS, BLOCK_C).to(dtype)
-    # Sums over the rows that a thread has; those of other threads are added after the loop.
-    bias_sum = tl.zeros([1 if AXIS else SHARED, SHARED if AXIS else 1, BLOCK_C], tl.float32)
-    sums = (bias_sum,) * WIDTH
-    first = group * share
-    for number in tl.range(first, tl.minimum(first + share, all_tiles)):
-        begin = (number % tiles) * BLOCK_L
-        batch = (number // tiles).to(tl.int64)
-        row = batch * L + begin  # offsets inside a tile fit into 32 bits
-        xs = x + (batch * stride_xb + begin.to(tl.int64) * stride_xl)
-        own = ids
-        if HAS_IDS:
-            own += batch * L
-        whole = _one_document(own, begin, L, HALF, BLOCK_L, HAS_IDS) & (start + BLOCK_C <= C)
-        numbers = _numbers(own, r, begin, L, HAS_IDS)
-        pre = _weighted(
-            xs, stride_xl, weight, bias, own, numbers, r, c, keep, begin, L, C, width, whole,
-            WIDTH, False, HAS_BIAS, HAS_IDS, SHARED,
-        )  # fmt: skip
-        ds = dy + row * C + (r[:, :, None] * C + c)
-        g = tl.load(ds, mask=(numbers >= 0) & keep, other=0.0).to(tl.float32)
-        if HEADS and start < inner:
-            there = begin + i < L
-            if HAS_IDS:
-                there = there & (tl.load(own + begin + i, mask=there, other=-1) >= 0)
-            at = dd + row * H + (i[:, None] * H + h[None, :])
-            heads = tl.load(at, mask=there[:, None] & (h < H)[None, :], other=0.0)
-            more = tl.reshape(tl.dot(heads.to(dtype), columns, input_precision="ieee"), g.shape)
-            g += tl.where(c < inner, more, 0.0)
-        if ACTIVATION:
-            gate = tl.sigmoid(pre)
-            g *= gate * (1.0 + pre * (1.0 - gate))
-        tl.store(ds, g.to(dtype), mask=(begin + r < L)[:, :, None] & keep)
-        sums = _add_products(sums, g, xs, stride_xl, own, numbers, r, c, keep, begin, L, width, whole, WIDTH, HAS_IDS)
-        bias_sum += tl.sum(g, INNER, keep_dims=True)
-    table += group * (WIDTH + HAS_BIAS) * C
-    for t in tl.static_range(WIDTH):
-        tl.store(table + t * C + c, tl.sum(sums[t], AXIS, keep_dims=True), mask=keep)
+    x += batch * stride_b + first.to(tl.int64) * stride_l  # offsets inside a stretch fit into 32 bits
+    dx += batch * stride_db + first.to(tl.int64) * stride_dl
+    dy += (batch * L + first) * C
+    ids += batch * L + first
+    low, high = -first, L - first
+    taps = _taps(weight, c, keep, WIDTH)
+    zero = tl.zeros([BLOCK_C], tl.float32)
+    start = zero
     if HAS_BIAS:
-        tl.store(table + WIDTH * C + c, tl.sum(bias_sum, AXIS, keep_dims=True), mask=keep)
+        start += tl.load(bias + c, mask=keep, other=0.0).to(tl.float32)
+    window = ()
+    grads = ()
+    numbers = ()
+    sums = (zero,) * (WIDTH + 1)
+    for k in tl.static_range(WIDTH - 1):
+        row = tl.load(x + (k - 2 * HALF) * stride_l + c, mask=keep & (k - 2 * HALF >= low), other=0.0)
+        window = window + (row.to(tl.float32),)  # noqa: RUF005
+        grads = grads + (zero,)  # noqa: RUF005
+    if HAS_IDS:
+        for k in tl.static_range(3 * HALF):
+            numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)  # noqa: RUF005
+    for k in tl.range(0, count + 2 * HALF, UNROLL):
+        rows = ()
+        given = ()
+        for s in tl.static_range(UNROLL):
+            j = k + s
+            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+            inside = (j - HALF >= low) & (j - HALF < high)
+            given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)  # noqa: RUF005
+        for s in tl.static_range(UNROLL):
+            j = k + s
+            if HAS_IDS:
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
+                own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
+            reached = ()
+            window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
+            pre = start
+            for t in tl.static_range(WIDTH):
+                value = window[t]
+                if HAS_IDS:
+                    value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
+                reached = reached + (value,)  # noqa: RUF005
+                pre += value * taps[t]
+            g = given[s].to(tl.float32)
+            if ACTIVATION:
+                sigmoid = tl.sigmoid(pre)
+                g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
+            if HAS_IDS:
+                g = tl.where(own_number >= 0, g, 0.0)
+            grads = grads + (g,)  # noqa: RUF005
+            own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
+            more = ()
+            for t in tl.static_range(WIDTH):
+                more = more + (sums[t] + own * reached[t],)  # noqa: RUF005
+            sums = more + (sums[WIDTH] + own,)  # noqa: RUF005
+            out = zero
+            for t in tl.static_range(WIDTH):
+                if HAS_IDS:
+                    out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
+                else:
+                    out += grads[2 * HALF - t] * taps[t]
+            i = j - 2 * HALF
+            tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
+            window = window[1:]
+            grads = grads[1:]
+            if HAS_IDS:
+                numbers = numbers[1:]
+    table += stretch * ((WIDTH + HAS_BIAS) * C) + c
+    for t in tl.static_range(WIDTH + HAS_BIAS):
+        tl.store(table + t * C, sums[t], mask=keep)
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tokens and channels of a tile, warps, and the rows of the table that the weight's gradient is summed in."""
+    """Tokens of a stretch, channels of a program, rows that are loaded at once, warps."""
 
-    rows: int = 32
+    rows: int = 64
     channels: int = 128
-    warps: int = 4
-    groups: int = 128
-
-    def constants(self) -> dict[str, int]:
-        """What the kernels are compiled for: a warp has whole rows, each thread a few channels."""
-        vector = max(1, self.channels // 32)
-        return {
-            "SHARED": self.warps, "VECTOR": vector, "BLOCK_L": self.rows, "BLOCK_C": self.channels,
-            "num_warps": self.warps,
-        }  # fmt: skip
+    unroll: int = 8
+    warps: int = 1
 
 
-@dataclass(frozen=True)
-class ConvPlan:
-    """The configuration of each kernel."""
-
-    forward: ConvConfig = ConvConfig()
-    diagonal: ConvConfig = ConvConfig()  # of the forward kernel where it has a diagonal to find
-    gradient: ConvConfig = ConvConfig(rows=16)
-    mirrored: ConvConfig = ConvConfig()
-
-
-PLAN = ConvPlan()
+FORWARD = ConvConfig()
+BACKWARD = ConvConfig(rows=128, unroll=4)
 
 
 def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: bool,
-    diagonal: tuple[Tensor, Tensor] | None = None, how: ConvPlan = PLAN,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y_i = SiLU(sum_t w_t x_{i + t - W // 2} + bias) and, of y, the diagonal d.
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: bool, how: ConvConfig = FORWARD
+) -> Tensor:
+    """y_i = SiLU(sum_t w_t x_{i + t - W // 2} + bias), (B, L, C), contiguous, in the dtype of x.
 
     Args:
-        x: (B, L, C), any strides but unit last. What it holds at padding is not read.
+        x: (B, L, C), any strides but unit last. What it holds at padding is not used.
         weight: (C, 1, W), W odd, and bias (C,), of any floating point dtype.
         ids: (B, L) document numbers, -1 for padding, where y is zero. None: each row is a document.
         activation: whether there is the SiLU.
-        diagonal: W_D (H, inner) and D (H,).
-
-    Returns:
-        y (B, L, C), contiguous, in the dtype of x; d (B, L, H) = W_D y[:inner] + D in float32, of y as it is stored.
     """
-    batch, L, _ = x.shape
+    batch, L, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if diagonal is None:
-        _convolve(x, _by_tap(weight), bias, ids, y, None, None, activation, False, how.forward)
-        return y, None
-    d = torch.empty(batch, L, len(diagonal[1]), dtype=torch.float32, device=x.device)
-    _convolve(x, _by_tap(weight), bias, ids, y, diagonal, d, activation, False, how.diagonal)
-    return y, d
+    stretches = triton.cdiv(L, how.rows)
+    _forward_kernel[(batch * stretches * triton.cdiv(C, how.channels),)](
+        x, weight, weight if bias is None else bias, x if ids is None else ids, y, L, C, stretches, *x.stride()[:2],
+        WIDTH=weight.shape[-1], ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_IDS=ids is not None,
+        ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
+    )  # fmt: skip
+    return y
 
 
 def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: bool, dx: Tensor,
-    diagonal: tuple[Tensor, Tensor] | None = None, how: ConvPlan = PLAN,
+    how: ConvConfig = BACKWARD,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of conv_forward; dx goes into its buffer, dy (B, L, C), contiguous, is used up.
+    """Writes dx (B, L, C), any strides but unit last, not the memory of x; returns dweight and dbias in their dtypes.
 
-    Args:
-        dx: (B, L, C), any strides but unit last; may be the memory of x.
-        diagonal: the gradient (B, L, H) of d in float32, and W_D. The gradients of W_D and D are the caller's.
-
-    Returns:
-        dweight (C, 1, W) and dbias (C,) in the dtypes of weight and bias.
+    dy (B, L, C) is contiguous; the rest as in conv_forward.
     """
-    config, taps = how.gradient, _by_tap(weight)
     batch, L, C = x.shape
-    width = len(taps)
-    parts, tiles = triton.cdiv(C, config.channels), triton.cdiv(L, config.rows)
-    share = triton.cdiv(batch * tiles, config.groups)
-    groups = triton.cdiv(batch * tiles, share)
-    table = torch.empty(groups, width + (bias is not None), C, dtype=torch.float32, device=x.device)
-    dd, head_weight = (dy, dy) if diagonal is None else (diagonal[0].contiguous(), diagonal[1].contiguous())
-    H, inner = (0, 0) if diagonal is None else head_weight.shape
-    _gradient_kernel[(groups * parts,)](
-        dy, x, taps, taps if bias is None else bias, taps if ids is None else ids.contiguous(), dd, head_weight,
-        table, L, C, tiles, batch * tiles, share, parts, inner, H, width, *x.stride()[:2], WIDTH=width,
-        ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_IDS=ids is not None, HEADS=_heads(H),
-        **config.constants(),
+    width, stretches = weight.shape[-1], triton.cdiv(L, how.rows)
+    table = torch.empty(batch * stretches, width + (bias is not None), C, dtype=torch.float32, device=x.device)
+    _backward_kernel[(batch * stretches * triton.cdiv(C, how.channels),)](
+        dy, x, weight, weight if bias is None else bias, x if ids is None else ids, dx, table, L, C, stretches,
+        *x.stride()[:2], *dx.stride()[:2], WIDTH=width, ACTIVATION=activation, HAS_BIAS=bias is not None,
+        HAS_IDS=ids is not None, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
-    _convolve(dy, taps, None, ids, dx, None, None, False, True, how.mirrored)
     sums = table.sum(0)
     dweight = sums[:width].T.unsqueeze(1).to(weight.dtype, memory_format=torch.contiguous_format)
     return dweight, None if bias is None else sums[width].to(bias.dtype)
-
-
-def _by_tap(weight: Tensor) -> Tensor:
-    """(W, C): neighbouring channels side by side, as the kernels read them."""
-    return weight.detach()[:, 0].T.contiguous()
-
-
-def _heads(H: int) -> int:
-    """What the matrix units want of H columns; none for none."""
-    return max(16, triton.next_power_of_2(H)) if H else 0
-
-
-def _convolve(
-    x: Tensor, taps: Tensor, bias: Tensor | None, ids: Tensor | None, y: Tensor,
-    diagonal: tuple[Tensor, Tensor] | None, d: Tensor | None, activation: bool, mirror: bool, config: ConvConfig,
-) -> None:  # fmt: skip
-    batch, L, C = x.shape
-    H, inner = (0, 0) if diagonal is None else diagonal[0].shape
-    head_weight, head_bias = (taps, taps) if diagonal is None else diagonal
-    tiles = triton.cdiv(L, config.rows)
-    parts = 1 if H else triton.cdiv(C, config.channels)
-    _conv_kernel[(batch * tiles * parts,)](
-        x, taps, taps if bias is None else bias, taps if ids is None else ids.contiguous(), head_weight.contiguous(),
-        head_bias.contiguous(), y, taps if d is None else d, L, C, tiles, parts, inner, H, len(taps), *x.stride()[:2],
-        *y.stride()[:2], WIDTH=len(taps), MIRROR=mirror, ACTIVATION=activation, HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None, HEADS=_heads(H),
-        **config.constants(),
-    )  # fmt: skip

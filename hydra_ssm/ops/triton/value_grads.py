@@ -2,8 +2,8 @@
 
 Everything is transposed, tokens j that are read as rows and tokens i that read as columns, so that M^T is the left
 operand of dx = M^T dy. A program owns a tile of tokens j and loops over the heads of a group with dS^T in registers;
-after the loop dS^T gives the tile's part of dB and dC, and the states' part is added. Row and column sums of K = dM o M,
-per head, are what dt and A need.
+after the loop dS^T gives the tile's part of dB and dC, and the states' part is added. Row and column sums of
+K = dM o M, per head, are what dt and A need.
 
 A chunk is one tile. Only where one chunk is the whole sequence may it have two (a pair): each has the block on the
 diagonal, where both directions meet, and the block beside it, which has one direction and no mask.
@@ -285,7 +285,8 @@ def _value_grads_kernel(
     _finish(dC_f + to + place * stride_dl, tl.where(in_f, grad_C_f, 0.0), through, HAS_STATES, keep)
     place = tl.where(begin + j < L - 1, begin + j + 1, 0)[:, None]
     keep = inside & ((part == 1) | (PAIR == 0))
-    _finish(dC_b + to + place * stride_dl, tl.where(in_b, grad_C_b, 0.0), through + 2 * through_stride, HAS_STATES, keep)
+    through += 2 * through_stride
+    _finish(dC_b + to + place * stride_dl, tl.where(in_b, grad_C_b, 0.0), through, HAS_STATES, keep)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
