@@ -1,8 +1,8 @@
 """Centred depthwise convolution of each document and SiLU: forward and backward, each in one pass over the tokens.
 
-A program owns a few channels of a stretch of tokens and goes through it row by row, with the rows that the taps reach in
-registers: each is read once, but for those beside the stretch. The backward pass keeps a second window, of gradients of
-the pre-activations, which it finds on the way; the weight's gradient is summed up along the stretch.
+A program owns a few channels of a stretch of tokens and goes through it row by row, with the rows that the taps reach
+in registers: each is read once, but for those beside the stretch. The backward pass keeps a second window, of gradients
+of the pre-activations, which it finds on the way; the weight's gradient is summed up along the stretch.
 """
 
 from __future__ import annotations
@@ -101,12 +101,36 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["L", "stretches"])
+def _halo_kernel(
+    x,
+    halo,
+    L,
+    C,
+    stretches,
+    stride_b,
+    stride_l,
+    HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Copies the 2 HALF rows before and the 2 HALF rows after each stretch. Grid as forward."""
+    batch, first, count, stretch, c = _place(L, C, stretches, ROWS, BLOCK_C)
+    keep = c < C
+    x += batch * stride_b
+    for k in tl.static_range(4 * HALF):
+        i = first + (k - 2 * HALF if k < 2 * HALF else count + k - 2 * HALF)
+        row = tl.load(x + i.to(tl.int64) * stride_l + c, mask=keep & (i >= 0) & (i < L), other=0.0)
+        tl.store(halo + (stretch * (4 * HALF) + k) * C + c, row, mask=keep)
+
+
+@triton.jit(do_not_specialize=["L", "stretches"])
 def _backward_kernel(
     dy,
     x,
     weight,
     bias,
     ids,
+    halo,
     dx,
     table,
     L,
@@ -120,11 +144,15 @@ def _backward_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Grid as forward. At step k: x enters at row k, g at row k - HALF, dx leaves at row k - 2 HALF of the stretch."""
+    """Grid as forward. At step k: x enters at row k, g at row k - HALF, dx leaves at row k - 2 HALF of the stretch.
+
+    In place, what lies beside the stretch may be overwritten already: it is read from its copy, the halo.
+    """
     HALF: tl.constexpr = WIDTH // 2
     batch, first, count, stretch, c = _place(L, C, stretches, ROWS, BLOCK_C)
     keep = c < C
@@ -143,7 +171,11 @@ def _backward_kernel(
     numbers = ()
     sums = (zero,) * (WIDTH + 1)
     for k in tl.static_range(WIDTH - 1):
-        row = tl.load(x + (k - 2 * HALF) * stride_l + c, mask=keep & (k - 2 * HALF >= low), other=0.0)
+        there = keep & (k - 2 * HALF >= low)
+        if IN_PLACE:
+            row = tl.load(halo + (stretch * (4 * HALF) + k) * C + c, mask=there, other=0.0)
+        else:
+            row = tl.load(x + (k - 2 * HALF) * stride_l + c, mask=there, other=0.0)
         window = window + (row.to(tl.float32),)  # noqa: RUF005
         grads = grads + (zero,)  # noqa: RUF005
     if HAS_IDS:
@@ -154,7 +186,12 @@ def _backward_kernel(
         given = ()
         for s in tl.static_range(UNROLL):
             j = k + s
-            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+            row = tl.load(x + j * stride_l + c, mask=keep & (j < (count if IN_PLACE else high)), other=0.0)
+            if IN_PLACE:
+                beside = (j >= count) & (j < high)
+                at = halo + (stretch * (4 * HALF) + 2 * HALF + j - count) * C + c
+                row = tl.where(beside, tl.load(at, mask=keep & beside, other=0.0), row)
+            rows = rows + (row,)  # noqa: RUF005
             inside = (j - HALF >= low) & (j - HALF < high)
             given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)  # noqa: RUF005
         for s in tl.static_range(UNROLL):
@@ -204,14 +241,14 @@ def _backward_kernel(
 class ConvConfig:
     """Tokens of a stretch, channels of a program, rows that are loaded at once, warps."""
 
-    rows: int = 64
+    rows: int = 32
     channels: int = 128
     unroll: int = 8
-    warps: int = 1
+    warps: int = 2
 
 
 FORWARD = ConvConfig()
-BACKWARD = ConvConfig(rows=128, unroll=4)
+BACKWARD = ConvConfig(rows=256, channels=64, warps=1)
 
 
 def conv_forward(
@@ -240,17 +277,25 @@ def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: bool, dx: Tensor,
     how: ConvConfig = BACKWARD,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Writes dx (B, L, C), any strides but unit last, not the memory of x; returns dweight and dbias in their dtypes.
+    """Writes dx (B, L, C), any strides but unit last, which may be x itself; returns dweight and dbias in their dtypes.
 
     dy (B, L, C) is contiguous; the rest as in conv_forward.
     """
     batch, L, C = x.shape
     width, stretches = weight.shape[-1], triton.cdiv(L, how.rows)
+    grid = (batch * stretches * triton.cdiv(C, how.channels),)
+    in_place, halo = dx.data_ptr() == x.data_ptr(), x
+    if in_place:
+        halo = torch.empty(batch * stretches, 4 * (width // 2), C, dtype=x.dtype, device=x.device)
+        _halo_kernel[grid](
+            x, halo, L, C, stretches, *x.stride()[:2], HALF=width // 2, ROWS=how.rows, BLOCK_C=how.channels,
+            num_warps=how.warps,
+        )  # fmt: skip
     table = torch.empty(batch * stretches, width + (bias is not None), C, dtype=torch.float32, device=x.device)
-    _backward_kernel[(batch * stretches * triton.cdiv(C, how.channels),)](
-        dy, x, weight, weight if bias is None else bias, x if ids is None else ids, dx, table, L, C, stretches,
+    _backward_kernel[grid](
+        dy, x, weight, weight if bias is None else bias, x if ids is None else ids, halo, dx, table, L, C, stretches,
         *x.stride()[:2], *dx.stride()[:2], WIDTH=width, ACTIVATION=activation, HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
+        HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
     sums = table.sum(0)
     dweight = sums[:width].T.unsqueeze(1).to(weight.dtype, memory_format=torch.contiguous_format)

@@ -43,7 +43,7 @@ def _product(a, b, PACKED: tl.constexpr):
 
 @triton.jit
 def _through(values, state, us, weight, PACKED: tl.constexpr, PRECISION: tl.constexpr):
-    """What the values of a head give to the features' gradient through a state, and row by row its product with them."""
+    """What a head gives to the features' gradient through a state, and row by row its product with them."""
     part = tl.dot(values, tl.trans(state), input_precision=PRECISION) * weight[:, None]
     if PACKED:
         # In the products' own precision: a loop would keep the features in float32 registers instead.
@@ -244,7 +244,7 @@ class FeatureGradsConfig:
     """Warps and stages."""
 
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
 
 
 @dataclass(frozen=True)

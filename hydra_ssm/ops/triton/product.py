@@ -35,7 +35,7 @@ class Into:
 
 def quasiseparable_forward(
     x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
-    diagonal: Tensor | None = None, how: Plan | None = None,
+    diagonal: Tensor | None = None, how: Plan | None = None, decays: Decays | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(y, states): y (B, L, H, P) for x (B, L, H, P), B and C (B, L, G, N), ids (B, L), diagonal (B, L, H).
 
@@ -43,7 +43,7 @@ def quasiseparable_forward(
     are what the backward pass may take, as (2, B, chunks, H, N, P), or None where one chunk holds everything.
     """
     how = plan(x, B_f) if how is None else how
-    decays = _decays(x, steps, ids, diagonal, how)
+    decays = find_decays(x, steps, ids, diagonal, how) if decays is None else decays
     states = _states(x, B_f, B_b, decays, ids, how)
     y = chunk_outputs(x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision)
     return y, states
@@ -52,17 +52,18 @@ def quasiseparable_forward(
 def quasiseparable_backward(
     dy: Tensor, x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
     diagonal: Tensor | None = None, states: Tensor | None = None, how: Plan | None = None, into: Into | None = None,
+    decays: Decays | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None
 ]:  # fmt: skip
     """Gradients of x, dt_f, dt_b, A, bias, B_f, C_f, B_b, C_b and the diagonal.
 
-    Decays are computed again, and so are states where they are not given. Raw steps get the gradients of what is raw.
+    Decays and states are computed again where they are not given. Raw steps get the gradients of what is raw.
     """
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
     Q, precision = how.chunk, how.precision
-    decays = _decays(x, steps, ids, diagonal, how)
+    decays = find_decays(x, steps, ids, diagonal, how) if decays is None else decays
     if states is None:
         states = _states(x, B_f, B_b, decays, ids, how)
     elif states.shape[2] != triton.cdiv(x.shape[1], Q):
@@ -74,7 +75,7 @@ def quasiseparable_backward(
         assert adjoint is not None
         through = feature_grads(x, dy, features, decays, ids, states, adjoint, Q, how.feature_grads, precision)
     dx = _to(into.dx, x)
-    grads = tuple(map(_to, (into.dB_f, into.dC_f, into.dB_b, into.dC_b), features))
+    grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
     tiles = value_grads(
         x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision
     )
@@ -87,7 +88,8 @@ def _to(given: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if given is None else given
 
 
-def _decays(x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan) -> Decays:
+def find_decays(x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan) -> Decays:
+    """What the forward and the backward pass of one plan both read of the steps."""
     return chunk_decays(steps, ids, diagonal, how.chunk, folded=x.dtype.itemsize == 2)
 
 

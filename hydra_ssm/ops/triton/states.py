@@ -6,8 +6,8 @@ Per chunk, from the states that enter it (u and v rows of features and values, d
                                                        T: u = C of the row's neighbour, v = dy, w = 2^row_j
 
 A program walks over the chunks of a few heads and one direction with their states in registers. Where heads are too
-few to fill the device, it walks over a stretch of the chunks: a first walk finds what each stretch adds, a scan over the
-stretches what enters each of them, and a second walk starts from there.
+few to fill the device, it walks over a stretch of the chunks: a first walk finds what each stretch adds, a scan over
+the stretches what enters each of them, and a second walk starts from there.
 """
 
 from __future__ import annotations
