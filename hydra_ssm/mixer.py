@@ -71,8 +71,9 @@ class MatrixMixer(nn.Module):
         self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first
         computed = self.features if self.data_dependent else ()
         wet = [(not bare, self.d_inner), *((f.activation, f.size) for f in computed if f.conv)]
-        # Neighbours that are both activated are so in one go: (activated, sizes).
+        # Neighbours that are both activated are so in one go: (activated, sizes); in the convolution if all are.
         self.runs = [(on, [size for _, size in run]) for on, run in groupby(wet, key=lambda part: part[0])]
+        self.all_activated = all(on for on, _ in self.runs)
         convolved = sum(size for _, size in wet)
         self.split = [0 if bare else self.d_inner, convolved, sum(f.size for f in computed if not f.conv)]
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -167,7 +168,7 @@ class MatrixMixer(nn.Module):
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
             y = y + inputs.x if self.matrix_class.skip else y
-            return self.out_proj(self.norm(y.flatten(2), z))
+            return self.out_proj(self.norm(y.flatten(2), z, self._layer_impl))
         return self.out_proj(y.flatten(2))
 
     def _matrix(self, inputs: Inputs) -> StructuredMatrix:
@@ -185,24 +186,33 @@ class MatrixMixer(nn.Module):
         layouts = tuple(rows(documents))
         return Placed(None, tuple(self.matrix_class.build(_taken(inputs, layout)) for layout in layouts), layouts)
 
+    @property
+    def _layer_impl(self) -> str | None:
+        """Of the convolution and the norm: kernels where the product is to be one, the eager forms beside another."""
+        impl = self.settings.impl
+        return impl if impl in (None, "triton") else "eager"
+
     def _block(self, projected: Tensor, documents: Documents | None) -> Projected:
         conv, norm = self.conv1d, self.norm
         parameters = {name: read(self, name) for name in self.own}
-        return Projected(projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents)
+        private = type(self.in_proj) is nn.Linear and not (
+            self.in_proj._forward_hooks or nn.modules.module._global_forward_hooks
+        )
+        return Projected(
+            projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents, private
+        )
 
     def _inputs(self, projected: Tensor, documents: Documents | None) -> tuple[Tensor, Inputs]:
         """The gate z and all that the matrix is built from."""
         z, convolved, rest = projected.split(self.split, dim=-1)
         if not self.bare:
-            if documents is not None:
-                convolved = documents.zero_padding(convolved)
-            convolved = self.conv1d(convolved, documents)
+            convolved = self.conv1d(convolved, documents, self.all_activated, self._layer_impl)
         computed = [f for f in self.features if self.data_dependent]
         parts: list[Tensor] = []
         for (activated, sizes), run in zip(
             self.runs, convolved.split([sum(sizes) for _, sizes in self.runs], dim=-1), strict=True
         ):
-            parts += (F.silu(run) if activated else run).split(sizes, dim=-1)
+            parts += (F.silu(run) if activated and not self.all_activated else run).split(sizes, dim=-1)
         parts += rest.split([f.size for f in computed if not f.conv], dim=-1)
         x = parts[0].unflatten(-1, (self.settings.nheads, self.settings.headdim))
         features = {f.name: t.unflatten(-1, f.shape) for f, t in zip(computed, parts[1:], strict=True)}

@@ -73,6 +73,7 @@ class Projected:
     parameters: Mapping[str, Tensor]
     settings: Settings
     documents: Documents | None
+    private: bool  # nobody else has seen `projected`
 
 
 @dataclass(frozen=True)

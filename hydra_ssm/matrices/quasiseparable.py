@@ -30,7 +30,7 @@ class Quasiseparable(Triangles):
             block.projected, block.conv_weight, block.conv_bias, own["dt_bias"], own["A_log"], own["D"],
             own["fc_D.weight"], block.norm_weight,
             (settings.nheads, settings.headdim, settings.ngroups, settings.d_state), settings.dt_limit,
-            block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute,
+            block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute, reuse=block.private,
         )  # fmt: skip
 
 

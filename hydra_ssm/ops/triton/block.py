@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .conv import conv_backward, conv_forward
-from .decay import Steps
+from .decay import Decays, Steps
 from .library import differentiable_once, register
 from .norm import norm_backward, norm_forward
 from .plan import plan
-from .product import Into, quasiseparable_backward, quasiseparable_forward
+from .product import Into, find_decays, quasiseparable_backward, quasiseparable_forward
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,20 @@ class Kept:
     """What the backward pass needs of the forward pass, or finds again."""
 
     xBC: Tensor  # (B, L, C)
-    diagonal: Tensor  # (B, L, H)
     y: Tensor  # (B, L, inner)
     rstd: Tensor  # (B, L)
     states: Tensor | None  # (2, B, chunks, H, N, P)
+    sums: Tensor  # the decays, see decay.py
+    steps: Tensor | None
+    totals: Tensor
+    diagonal: Tensor
+
+    @property
+    def decays(self) -> Decays:
+        return Decays(self.sums, self.steps, self.totals, self.diagonal)
+
+
+RECOMPUTED = 8192  # tokens whose forward pass is found again at once: enough to fill a GPU, few for its memory
 
 
 def block_forward(
@@ -85,34 +96,37 @@ def block_forward(
     """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H); keep: with the states of the backward's plan."""
     z, wet, dt_f, dt_b = sizes.parts(projected)
     xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
-    x, *features = sizes.values_and_features(xBC)
+    x, B_f, C_f, B_b, C_b = sizes.values_and_features(xBC)
     dtype = x.dtype
     diagonal = F.linear(xBC[..., : sizes.inner], weights.fc_D.to(dtype), weights.D.to(dtype))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
-    how = plan(x, features[0], backward=keep)
-    y, states = quasiseparable_forward(x, steps, *features, ids, diagonal, how)
+    how = plan(x, B_f, backward=keep)
+    decays = find_decays(x, steps, ids, diagonal, how)
+    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, diagonal, how, decays)
     y = y.flatten(2)
     normed, rstd = norm_forward(y, z, weights.norm, eps)
-    return normed, Kept(xBC, diagonal, y, rstd, states)
+    assert decays.diagonal is not None
+    return normed, Kept(xBC, y, rstd, states, decays.sums, decays.steps, decays.totals, decays.diagonal)
 
 
 def block_backward(
     dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float],
-    ids: Tensor | None, kept: Kept, reuse: bool,
-) -> tuple[Tensor, Weights]:  # fmt: skip
-    """The gradients of projected and of the weights; reuse: kept may be overwritten, and is."""
+    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool,
+) -> Weights:  # fmt: skip
+    """Writes dprojected, which may be projected; returns the gradients of the weights. reuse: kept is written over."""
     z, wet, dt_f, dt_b = sizes.parts(projected)
-    dprojected = torch.empty_like(projected)
     dz, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
     dy = kept.y if reuse else torch.empty_like(kept.y)
     dnorm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz)
-    x, *features = sizes.values_and_features(kept.xBC)
+    x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
     dxBC = torch.empty_like(kept.xBC)
-    dx, *dfeatures = sizes.values_and_features(dxBC)
+    dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
+    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
+    like = x[..., 0]  # the diagonal as it was: for its shape and dtype
     _, _, _, dA_log, ddt_bias, *_, ddiagonal = quasiseparable_backward(
-        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, *features, ids, kept.diagonal, kept.states,
-        plan(x, features[0], backward=True), Into(dx, ddt_f, ddt_b, *dfeatures),
+        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, like, kept.states,
+        plan(x, B_f, backward=True), into, kept.decays,
     )  # fmt: skip
     assert ddiagonal is not None and ddt_bias is not None
     dd = ddiagonal.flatten(0, 1)
@@ -120,72 +134,83 @@ def block_backward(
     dxBC.flatten(0, 1)[:, : sizes.inner].addmm_(dd, weights.fc_D.to(dd.dtype))
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
     dD = dd.sum(0, dtype=torch.float32).to(weights.D.dtype)
-    return dprojected, Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), dnorm)
+    return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), dnorm)
+
+
+def block(
+    projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], eps: float,
+    ids: Tensor | None = None, *, recompute: bool = False, reuse: bool = False,
+) -> Tensor:  # fmt: skip
+    """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H) in its dtype, differentiable once.
+
+    ids (B, L) number the documents, -1 is padding. recompute: the backward pass finds again what it needs of the
+    forward pass, instead of keeping it. reuse: nobody else reads projected, so that its gradient may take its place.
+    """
+    values = [getattr(weights, f.name) for f in fields(weights)]
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
+    shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
+    keep = needed and not recompute
+    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, reuse, keep)[0]
 
 
 INPUTS = (
     "Tensor projected, Tensor conv, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D, "
     "Tensor norm, Tensor? ids, int[] sizes, float low, float high, float eps"
 )
-
-
-def block(
-    projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], eps: float,
-    ids: Tensor | None = None, *, recompute: bool = False,
-) -> Tensor:  # fmt: skip
-    """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H) in its dtype, differentiable once.
-
-    ids (B, L) number the documents, -1 is padding. recompute: the backward pass finds again what it needs of the
-    forward pass, instead of keeping it.
-    """
-    values = [getattr(weights, f.name) for f in fields(weights)]
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
-    shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
-    keep = needed and not recompute
-    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, keep)[0]
+KEPT = "Tensor xBC, Tensor y, Tensor rstd, Tensor states, Tensor sums, Tensor steps, Tensor totals, Tensor diagonal"
 
 
 def _forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """normed, then what is kept, empty where nothing is."""
-    *values, ids, shape, low, high, eps, keep = inputs
+    *values, ids, shape, low, high, eps, _, keep = inputs
     normed, kept = block_forward(projected, Weights(*values), Sizes(*shape), (low, high), eps, ids, keep)
-    if not keep:
-        return normed, *(projected.new_empty(0) for _ in fields(Kept))
-    states = projected.new_empty(0) if kept.states is None else kept.states
-    return normed, kept.xBC, kept.diagonal, kept.y, kept.rstd, states
+    tensors = [getattr(kept, f.name) if keep else None for f in fields(kept)]
+    return normed, *(projected.new_empty(0) if t is None else t for t in tensors)
 
 
 def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *_, shape, _, _, _, keep = inputs
+    *_, shape, _, _, _, _, keep = inputs
     sizes = Sizes(*shape)
     batch, L, _ = projected.shape
-    new = projected.new_empty
-    normed = new(batch, L, sizes.inner)
+    new, wide = projected.new_empty, partial(projected.new_empty, dtype=torch.float32)
+    y, H = (batch, L, sizes.inner), sizes.heads
     if not keep:
-        return normed, *(new(0) for _ in fields(Kept))
+        return new(y), *(new(0) for _ in fields(Kept))
     xBC = new(batch, L, sizes.inner + 4 * sizes.features)
     x, B, *_ = sizes.values_and_features(xBC)
-    chunks = -(-L // plan(x, B, backward=True).chunk)
-    states = new((2, batch, chunks, sizes.heads, sizes.state, sizes.headdim) if chunks > 1 else 0)
-    rstd = new(batch, L, dtype=torch.float32)
-    return normed, xBC, new(batch, L, sizes.heads), new(batch, L, sizes.inner), rstd, states
+    Q = plan(x, B, backward=True).chunk
+    chunks = -(-L // Q)
+    states = new((2, batch, chunks, H, sizes.state, sizes.headdim) if chunks > 1 else 0)
+    steps = wide(batch, H, chunks * Q, 2) if x.dtype == torch.float32 else new(0)
+    decays = wide(batch, H, chunks * Q, 4), steps, wide(batch, H, chunks, 2), wide(batch, H, chunks * Q)
+    return new(y), xBC, new(y), wide(batch, L), states, *decays
 
 
 def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The gradients of projected and of the weights in their order, empty for the one that is None."""
-    found, grads = _gradients(dnormed, projected, *inputs, reuse=False)
-    given = (getattr(grads, f.name) for f in fields(grads))
-    return found, *(projected.new_empty(0) if g is None else g for g in given)
+    found, grads = _gradients(dnormed, projected, torch.empty_like(projected), False, *inputs)
+    return found, *(projected.new_empty(0) if g is None else g for g in grads)
 
 
-def _gradients(dnormed: Tensor, projected: Tensor, *inputs: Any, reuse: bool) -> tuple[Tensor, Weights]:
-    *values, ids, shape, low, high, eps, xBC, diagonal, y, rstd, states = inputs
+def _gradients(
+    dnormed: Tensor, projected: Tensor, dprojected: Tensor, reuse: bool, *inputs: Any
+) -> tuple[Tensor, list[Tensor | None]]:
+    """dprojected and the gradients of the weights; batch by batch where the forward pass is found again."""
+    *values, ids, shape, low, high, eps = inputs[:-8]
     weights, sizes, limits = Weights(*values), Sizes(*shape), (low, high)
-    if xBC.numel():
-        kept = Kept(xBC, diagonal, y, rstd, states if states.numel() else None)
-    else:
-        kept = block_forward(projected, weights, sizes, limits, eps, ids, True)[1]
-    return block_backward(dnormed.contiguous(), projected, weights, sizes, limits, ids, kept, reuse)
+    dnormed, batch = dnormed.contiguous(), projected.shape[0]
+    kept = Kept(*(t if t.numel() else None for t in inputs[-8:])) if inputs[-8].numel() else None
+    size = batch if kept is not None else max(1, RECOMPUTED // projected.shape[1])
+    sums: list[Tensor | None] = []
+    for some in (slice(start, start + size) for start in range(0, batch, size)):
+        part, own_ids = projected[some], None if ids is None else ids[some]
+        again = kept or block_forward(part, weights, sizes, limits, eps, own_ids, True)[1]
+        grads = block_backward(
+            dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None
+        )
+        more = [getattr(grads, f.name) for f in fields(grads)]
+        sums = [a if b is None else a + b for a, b in zip(more, sums, strict=True)] if sums else more
+    return dprojected, sums
 
 
 def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -194,26 +219,33 @@ def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Te
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    *tensors, shape, low, high, eps, _ = inputs
+    *tensors, shape, low, high, eps, reuse, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros as large as all that is kept would be written, to be thrown away
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options = shape, low, high, eps
+    ctx.options, ctx.reuse = (shape, low, high, eps), reuse
 
 
 def _differentiate(ctx: Any, dnormed: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    tensors, kept = saved[:9], saved[9:]
-    grads = torch.ops.hydra_ssm.block_backward(dnormed, *tensors, *ctx.options, *kept)
-    return *(None if t is None else g for g, t in zip(grads, tensors[:8], strict=True)), *[None] * 6
+    projected, *tensors = ctx.saved_tensors
+    values, kept = tensors[:8], tensors[8:]
+    # What is saved may be written over if no second backward pass can ask for it; a compiler plans memory itself.
+    if type(projected) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
+        to = projected if ctx.reuse else torch.empty_like(projected)
+        grads = _gradients(dnormed, projected, to, True, *values, *ctx.options, *kept)
+        found: list[Tensor | None] = [grads[0], *grads[1]]
+        torch.autograd.graph.increment_version([projected, kept[1]] if ctx.reuse else [kept[1]])
+    else:
+        found = list(torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept))
+    given = (projected, *values[:7])
+    return *(None if t is None else g for g, t in zip(found, given, strict=True)), *[None] * 7
 
 
 register(
-    "block", f"({INPUTS}, bool keep) -> ({', '.join(['Tensor'] * 6)})", _forward, _fake_forward, _differentiate, _save
-)
+    "block", f"({INPUTS}, bool reuse, bool keep) -> ({', '.join(['Tensor'] * 9)})",
+    _forward, _fake_forward, _differentiate, _save,
+)  # fmt: skip
 register(
-    "block_backward",
-    f"(Tensor dnormed, {INPUTS}, Tensor xBC, Tensor diagonal, Tensor y, Tensor rstd, Tensor states) -> "
-    f"({', '.join(['Tensor'] * 8)})",
+    "block_backward", f"(Tensor dnormed, {INPUTS}, {KEPT}) -> ({', '.join(['Tensor'] * 8)})",
     _backward, _fake_backward, differentiable_once,
 )  # fmt: skip
