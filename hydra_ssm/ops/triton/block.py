@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Steps
+from .diagonal import diagonal_backward
 from .library import differentiable_once, register
 from .norm import norm_backward, norm_forward
 from .plan import plan
@@ -129,11 +130,10 @@ def block_backward(
         plan(x, B_f, backward=True), into, kept.decays,
     )  # fmt: skip
     assert ddiagonal is not None and ddt_bias is not None
-    dd = ddiagonal.flatten(0, 1)
-    dfc_D = dd.T @ kept.xBC.flatten(0, 1)[:, : sizes.inner]
-    dxBC.flatten(0, 1)[:, : sizes.inner].addmm_(dd, weights.fc_D.to(dd.dtype))
+    wide, dwide = (t.flatten(0, 1)[:, : sizes.inner] for t in (kept.xBC, dxBC))
+    dfc_D, dD = diagonal_backward(ddiagonal.flatten(0, 1), wide, weights.fc_D.to(x.dtype), dwide)
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
-    dD = dd.sum(0, dtype=torch.float32).to(weights.D.dtype)
+    dD = dD.to(weights.D.dtype)
     return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), dnorm)
 
 
