@@ -1,24 +1,24 @@
 """`hydra-ssm bench`: what it counts, that it checks before it times, and that it says what it could not measure."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from hydra_ssm import Hydra, SelfAttention
-from hydra_ssm.bench import Settings, clock, costs, scans
+from hydra_ssm import Encoder, Hydra, SelfAttention
+from hydra_ssm.bench import Settings, WrongResult, bench, clock, costs, encoders, scans
 from hydra_ssm.bench.layers import layer_error
 from hydra_ssm.bench.machine import Ceilings
+from hydra_ssm.bench.measure import measure
 from hydra_ssm.bench.report import Row
-from hydra_ssm.bench.run import measure
 from hydra_ssm.cli import main
 from hydra_ssm.matrices import Quasiseparable
 from hydra_ssm.ops import Triangle, semiseparable
 
 CPU = torch.device("cpu")
 SMALL = ["bench", "--device", "cpu", "--d-model", "64", "--tokens", "64", "--lengths", "16", "64"]
-FREE = (costs.Cost(0, 0, 0),) * 2
 H100 = Ceilings(copy=3.0e12, matmul=790e12)
 
 
@@ -41,6 +41,38 @@ def test_one_command_prints_a_table_and_keeps_it(tmp_path: Path, capsys: pytest.
     assert report["command"] == " ".join(
         ["hydra-ssm", *SMALL[:3], "--dtype float32", *SMALL[3:], "--layers hydra attention"]
     )
+
+
+def test_whole_encoders_are_timed_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoders, "STACKS", {"hydra": ("two", 2, 0), "attention": ("one", 1, 4)})
+    monkeypatch.setattr(encoders, "SMALL", (64, 1, 8))
+    bench(json=tmp_path / "speed.json", device="cpu", d_model=64, tokens=256, lengths=(16,), encoder=True)
+    out = capsys.readouterr().out
+    report = json.loads((tmp_path / "speed.json").read_text(encoding="utf-8"))
+    assert report["command"].endswith("--layers hydra attention --encoder")
+    rows = [Row(**row) for row in report["encoders"]]
+    assert [(row.name, row.batch, row.length, row.compiled) for row in rows] == [
+        ("two", 1, 128, False), ("one", 1, 128, False)
+    ]  # fmt: skip
+    assert all(str(row) in out and row.step > 0 and row.forward is None for row in rows)
+    hydra, attention = (Row(**row).forward for row in report["small"])
+    assert f"hydra / attention: {hydra / attention:.2f}" in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_alike_layers_are_compiled_once_and_checked(monkeypatch) -> None:
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    encoder = Encoder(64, ["attention"] * 3)
+    assert encoders.compile_layers(encoder, "three", 3, 8, torch.float32, print)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    wrong = [torch.zeros(3, 8, 64)] * 2
+    right = encoders.gradient
+    monkeypatch.setattr(encoders, "gradient", lambda e, u, *more: wrong if len(u) == 3 else right(e, u, *more))
+    with pytest.raises(WrongResult, match="the output of three, compiled, is off by"):
+        encoders.compile_layers(encoder, "three", 3, 8, torch.float32, print)
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -98,10 +130,10 @@ def test_what_a_token_must_cost_is_what_the_plan_counted() -> None:
 
 
 def test_a_shape_that_does_not_fit_is_a_row_that_says_so() -> None:
-    row = measure("huge", 1, 8, lambda: {"forward": torch.empty(1 << 60).zero_}, FREE, H100, CPU)
+    row = measure("huge", 1, 8, lambda: {"forward": torch.empty(1 << 60).zero_}, CPU)
     assert str(row).split() == ["huge", "1", "x", "8", "out", "of", "memory"]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        measure("wrong", 1, 8, lambda: {"forward": torch.ones(2, 3) @ torch.ones(2, 3)}, FREE, H100, CPU)
+        measure("wrong", 1, 8, lambda: {"forward": torch.ones(2, 3) @ torch.ones(2, 3)}, CPU)
 
 
 def test_a_causal_scan_called_twice_is_both_triangles() -> None:
@@ -129,4 +161,6 @@ def test_times_and_peaks_of_a_gpu() -> None:
     x = torch.ones(1 << 28, device=device)
     assert all(1e-4 < seconds < 0.1 for seconds in clock.on_gpu(lambda: x + 1, device))
     assert clock.peak_bytes(lambda: x + 1, device) == 1 << 30
+    row = measure("add", 1, 1, lambda: {"forward": lambda: x + 1}, device)
+    assert row.graph_forward == pytest.approx(row.forward, rel=0.2)
     assert len(Settings.of().shapes()) == 6

@@ -1,5 +1,6 @@
 """How fast the layers are on this machine: what `hydra-ssm bench` prints, each time after its check."""
 
-from .run import Settings, WrongResult, run
+from .run import bench, run
+from .settings import Settings, WrongResult
 
-__all__ = ["Settings", "WrongResult", "run"]
+__all__ = ["Settings", "WrongResult", "bench", "run"]

@@ -7,6 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from ..encoder import Encoder, make_mixer
 from ..matrices import StructuredMatrix
 from ..mixer import MatrixMixer
 from .clock import Run
@@ -14,9 +15,20 @@ from .clock import Run
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-def runs(layer: MatrixMixer, batch: int, length: int, dtype: torch.dtype) -> dict[str, Run]:
+SPECS: dict[str, tuple[str, dict[str, bool]]] = {
+    "hydra": ("hydra", {}), "hydra-recompute": ("hydra", {"recompute": True}), "attention": ("attention", {})
+}  # fmt: skip
+
+
+def build(name: str, d_model: int, device: torch.device) -> MatrixMixer:
+    """The layer that the table calls so."""
+    spec, options = SPECS[name]
+    return make_mixer(spec, d_model, options).to(device)
+
+
+def runs(layer: MatrixMixer | Encoder, batch: int, length: int, dtype: torch.dtype) -> dict[str, Run]:
     """`forward` and `step` (forward and backward, of input and parameters) on fresh inputs (batch, length, d_model)."""
-    device = layer.in_proj.weight.device
+    device = next(layer.parameters()).device
     u = torch.randn(batch, length, layer.d_model, device=device).to(dtype).requires_grad_()
 
     def forward() -> Tensor:
@@ -36,8 +48,11 @@ def runs(layer: MatrixMixer, batch: int, length: int, dtype: torch.dtype) -> dic
 
 
 def mixed(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Autocast to a 16-bit dtype, parameters staying in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """Autocast to a 16-bit dtype, parameters staying in float32.
+
+    Each use of a parameter casts it: a copy that is kept would be one of another CUDA graph's memory.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def layer_error(layer: MatrixMixer, dtype: torch.dtype, batch: int = 2, length: int = 200) -> float:

@@ -1,87 +1,48 @@
-"""The measurements in their order: check, ceilings, layers, then the product beside its peers."""
+"""The measurements in their order: check, ceilings, layers, the product beside its peers, then whole encoders."""
 
 from __future__ import annotations
 
-import gc
 import importlib.util
-import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..encoder import make_mixer
 from ..mixer import Hydra, MatrixMixer
 from . import layers, scans
-from .clock import Run, peak_bytes, ran_out_of_memory, timed
-from .costs import COSTS, Cost, product
+from .clock import Run
+from .costs import COSTS, product
+from .encoders import measure_encoders
 from .layers import TOLERANCE
 from .machine import Ceilings, facts
-from .report import HEADER, MEANING, Row
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
-Say = Callable[[str], None]
-
-
-class WrongResult(RuntimeError):
-    """A layer did not pass its check, so that its speed means nothing."""
-
-    exit_code = 1
+from .measure import measure
+from .report import HEADER, MEANING, Row, draw, write_json
+from .settings import Say, Settings, WrongResult
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: layers of one width on batches of about `tokens` tokens, cut into each of the lengths."""
+def bench(*, plot: Path | str | None = None, json: Path | str | None = None, **options: Any) -> None:
+    """What `hydra-ssm bench` does, for a machine where what parses its options is missing; they have its names.
 
-    device: torch.device
-    dtype: torch.dtype
-    d_model: int
-    tokens: int
-    lengths: tuple[int, ...]
-    layers: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, device: str | None = None, dtype: str | None = None, d_model: int | None = None,
-        tokens: int | None = None, lengths: Sequence[int] | None = None, layers: Sequence[str] = tuple(COSTS),
-    ) -> Settings:  # fmt: skip
-        """Sizes of the paper's base model on a GPU, of half a minute on a CPU, where none are given."""
-        place = _device(device)
-        on_cpu = place.type == "cpu"
-        usual = (128, 512, 2048) if on_cpu else (128, 512, 2048, 8192, 32768, 131072)
-        found = cls(
-            place,
-            DTYPES[dtype or ("float32" if on_cpu else "bfloat16")],
-            (256 if on_cpu else 768) if d_model is None else d_model,
-            (2048 if on_cpu else 32768) if tokens is None else tokens,
-            usual if lengths is None else tuple(lengths),
-            tuple(dict.fromkeys(layers)),
-        )
-        if not (found.layers and found.lengths):
-            raise ValueError("--layers and --lengths must name at least one each")
-        for option, number in (("d-model", found.d_model), ("tokens", found.tokens), ("lengths", min(found.lengths))):
-            if number < 1:
-                raise ValueError(f"--{option} must be at least 1, got {number}")
-        return found
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """(batch, length): a length beyond `tokens` is one sequence."""
-        return [(max(1, self.tokens // length), length) for length in self.lengths]
-
-    def options(self) -> dict[str, Any]:
-        """By name, as the command line takes them and JSON keeps them."""
-        return asdict(self) | {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
-
-    def command(self) -> str:
-        """The command that measures this again."""
-        words = ["hydra-ssm", "bench"]
-        for name, value in self.options().items():
-            values = value if isinstance(value, tuple) else (value,)
-            words += ["--" + name.replace("_", "-"), *map(str, values)]
-        return shlex.join(words)
+    python -c "from hydra_ssm.bench import bench; bench(json='speed.json', encoder=True)"
+    """
+    settings = Settings.of(**options)
+    found = run(settings)
+    if json is not None:  # before the encoders, whose compilation is not ours
+        write_json(Path(json), found)
+    if settings.encoder:
+        found |= measure_encoders(settings, print)
+        if json is not None:
+            write_json(Path(json), found)
+    if plot is not None:
+        rows = [Row(**row) for row in found["layers"]]
+        draw(Path(plot), rows, f"{found['machine']['device']}, {found['settings']['dtype']}")
+    for path in (json, plot):
+        if path is not None:
+            print(f"wrote {path}")
 
 
 def run(settings: Settings, say: Say = print) -> dict[str, Any]:
@@ -91,7 +52,7 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
         WrongResult: before anything is timed, if a layer differs from its dense matrix in float64.
     """
     torch.manual_seed(0)
-    built = {name: make_mixer(name, settings.d_model, {}).to(settings.device) for name in settings.layers}
+    built = {name: layers.build(name, settings.d_model, settings.device) for name in settings.layers}
     reference = Hydra(settings.d_model).to(settings.device)
     known = facts(settings.device)
     say(", ".join(f"{key} {value}" for key, value in known.items()))
@@ -116,17 +77,6 @@ def run(settings: Settings, say: Say = print) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _device(name: str | None) -> torch.device:
-    """The device of that name; without one a GPU, else the CPU."""
-    gpus = torch.cuda.device_count()
-    possible = ["cpu", "cuda", *(f"cuda:{k}" for k in range(gpus))] if gpus else ["cpu"]
-    if name is not None and name not in possible:
-        raise ValueError(
-            f"--device must be one of {', '.join(possible)}, what torch {torch.__version__} sees, got {name}"
-        )
-    return torch.device(name or ("cuda" if gpus else "cpu"))
-
-
 def _checked(name: str, error: float, settings: Settings) -> float:
     tolerance = TOLERANCE[settings.dtype]
     if not error <= tolerance:
@@ -147,7 +97,7 @@ def _layers(built: dict[str, MatrixMixer], settings: Settings, ceilings: Ceiling
         for name, layer in built.items():
             cost = COSTS[name](layer, settings.dtype.itemsize, length)
             make = partial(layers.runs, layer, batch, length, settings.dtype)
-            rows.append(measure(name, batch, length, make, cost, ceilings, settings.device))
+            rows.append(measure(name, batch, length, make, settings.device, (cost, ceilings)))
             say(str(rows[-1]))
     return rows
 
@@ -168,7 +118,8 @@ def _products(layer: MatrixMixer, settings: Settings, ceilings: Ceilings, say: S
         cost = product(layer, settings.dtype.itemsize)
         for name, (scan, its) in found.items():
             make = partial(_product_runs, scan, layer, batch, length, settings, its)
-            rows.append(measure(name, batch, length, make, cost, ceilings, settings.device))
+            ours = name not in scans.PEERS
+            rows.append(measure(name, batch, length, make, settings.device, (cost, ceilings), ours=ours))
             say(str(rows[-1]))
     return rows
 
@@ -192,40 +143,3 @@ def _peer(peer: scans.Peer, layer: MatrixMixer, groups: int, settings: Settings)
     except Exception as problem:  # another library's, of a version that nobody has tried
         return f"does not run: {type(problem).__name__}: {' '.join(str(problem).split())[:100]}"
     return scan if error <= TOLERANCE[settings.dtype] else f"is off by {error:.1e}, so it is not timed"
-
-
-def measure(
-    name: str, batch: int, length: int, make: Callable[[], dict[str, Run]], cost: tuple[Cost, Cost],
-    ceilings: Ceilings, device: torch.device,
-) -> Row:  # fmt: skip
-    """The row of what `make` makes, or of its lack of memory."""
-    try:
-        return _measured(name, batch, length, make(), cost, ceilings, device)
-    except RuntimeError as problem:
-        if not ran_out_of_memory(problem):
-            raise
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return Row(name, batch, length, note="out of memory")
-
-
-def _measured(
-    name: str, batch: int, length: int, runs: dict[str, Run], cost: tuple[Cost, Cost], ceilings: Ceilings,
-    device: torch.device,
-) -> Row:  # fmt: skip
-    seconds = timed(runs, device)
-    peak = peak_bytes(runs["step"], device)
-    tokens = batch * length
-    forward, backward = (tokens * part.seconds(ceilings) for part in cost)
-    return Row(
-        name,
-        batch,
-        length,
-        1e3 * seconds["forward"],
-        1e3 * seconds["step"],
-        None if peak is None else peak / 1e6,
-        tokens / seconds["step"],
-        forward / seconds["forward"],
-        (forward + backward) / seconds["step"],
-    )

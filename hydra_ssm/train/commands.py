@@ -212,16 +212,20 @@ def bench(
         tuple[int, ...] | None,
         arg(metavar="N ...", help_behavior_hint="(default: 128 to 131072, on a CPU to 2048)"),
     ] = None,
-    layers: Annotated[tuple[Literal["hydra", "attention"], ...], arg(metavar="NAME ...")] = ("hydra", "attention"),
+    layers: Annotated[
+        tuple[Literal["hydra", "hydra-recompute", "attention"], ...] | None,
+        arg(metavar="NAME ...", help_behavior_hint="(default: all, on a CPU hydra attention)"),
+    ] = None,
+    encoder: bool = False,
     plot: Annotated[Path | None, arg(metavar="FILE.png", help_behavior_hint="")] = None,
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
 ) -> None:
     """Time a Hydra layer on this machine, beside attention; checked before it is timed.
 
-    The table tells milliseconds forward and of a step (forward and backward), memory of a step, tokens a second, and
-    how near that is to what the machine could do, by its speed at copies and matrix products, which is measured too. A
-    second table has the quasiseparable product alone, beside the scans of mamba_ssm and flash-linear-attention, called
-    once for each direction, where these are installed.
+    The table tells milliseconds forward and of a step (forward and backward), on a GPU as a CUDA graph and as called
+    from Python, memory of a step, tokens a second, and how near that is to what the machine could do, by its speed at
+    copies and matrix products, which is measured too. A second table has the quasiseparable product alone, beside the
+    scans of mamba_ssm and flash-linear-attention, called once for each direction, where these are installed.
 
     In use:
         hydra-ssm bench
@@ -234,7 +238,9 @@ def bench(
         d_model: Width of the layers, a multiple of 64.
         tokens: In a step: batches are tokens / length sequences, at least one.
         lengths: Of the sequences.
-        layers: Which layers: hydra, attention (the Transformer's, through scaled_dot_product_attention).
+        layers: Which layers: hydra, hydra-recompute (less memory, more time), attention (the Transformer's, through
+            scaled_dot_product_attention).
+        encoder: Time stacks of 23 Hydra layers and of BERT's 12 as well, compiled on a GPU, on half the tokens.
         plot: Draw time per token against length there.
         json: Write the figures there, with device, versions and command.
     """
@@ -243,18 +249,12 @@ def bench(
             raise ValueError(f"--{option} must be a file, {path} is a folder")
     if plot is not None:
         require("matplotlib", "train")
-    from ..bench import Settings as Measured
-    from ..bench import report, run
+    from ..bench import bench as measure
 
-    found = run(Measured.of(device, dtype, d_model, tokens, lengths, layers))
-    if json is not None:
-        report.write_json(json, found)
-    if plot is not None:
-        rows = [report.Row(**row) for row in found["layers"]]
-        report.draw(plot, rows, f"{found['machine']['device']}, {found['settings']['dtype']}")
-    for path in (json, plot):
-        if path is not None:
-            print(f"wrote {path}")
+    measure(
+        device=device, dtype=dtype, d_model=d_model, tokens=tokens, lengths=lengths, layers=layers, encoder=encoder,
+        plot=plot, json=json,
+    )  # fmt: skip
 
 
 def _shortened(text: str) -> str:
