@@ -14,8 +14,10 @@ from .ops import Documents, gated_rms_norm, short_conv
 class ShortConv(nn.Conv1d):
     """The parameters and initialisation of nn.Conv1d, for (B, L, C) and documents."""
 
-    def forward(self, x: Tensor, documents: Documents | None) -> Tensor:  # type: ignore[override]
-        return short_conv(x, self.weight, self.bias, documents)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, documents: Documents | None, activation: bool, impl: str | None
+    ) -> Tensor:
+        return short_conv(x, self.weight, self.bias, documents, activation=activation, impl=impl)
 
 
 class GatedNorm(nn.Module):
@@ -25,8 +27,8 @@ class GatedNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(weight), eps
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_rms_norm(y, z, self.weight, self.eps)
+    def forward(self, y: Tensor, z: Tensor, impl: str | None) -> Tensor:
+        return gated_rms_norm(y, z, self.weight, self.eps, impl=impl)
 
 
 class Parameters(nn.Module):

@@ -13,8 +13,8 @@ def fused_block(
     norm: Tensor, sizes: tuple[int, int, int, int], limits: tuple[float, float], eps: float,
     documents: Documents | None, *, impl: str | None = None, recompute: bool = False, reuse: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """normed (B, L, inner) of projected (B, L, z | x | B_f C_f | B_b C_b | dt_f dt_b),, or None where it is to be made of parts:
-    where impl says so, no kernel fits, or weights are elsewhere, to be fetched when the module that has them is called.
+    """normed (B, L, inner) of projected (B, L, z | x | B_f C_f | B_b C_b | dt_f dt_b), or None where that
+    is to be made of parts: impl says so, no kernel fits, or weights are elsewhere until their module is called.
 
         x, B, C = SiLU(conv(...))    y = (quasiseparable matrix) x    normed = RMSNorm(y) * SiLU(z)
 
@@ -31,14 +31,17 @@ def fused_block(
         ImportError: impl is "triton", which is not installed.
     """
     weights = (conv, conv_bias, dt_bias, A_log, D, fc_D, norm)
-    heads, headdim, _, state = sizes
     if not all(t is None or t.device == projected.device for t in weights):
         return None
-    misfit = misplaced(projected) or product_misfit(headdim, state) or conv_misfit(conv) or norm_misfit(heads * headdim)
-    if not takes_triton(impl, projected, misfit):
+    if not takes_triton(impl, projected, lambda: _misfit(projected, conv, sizes)):
         return None
     from .triton.block import Sizes, Weights, block
 
     ids = None if documents is None else documents.ids
     projected = projected if projected.stride(-1) == 1 else projected.contiguous()
     return block(projected, Weights(*weights), Sizes(*sizes), limits, eps, ids, recompute=recompute, reuse=reuse)
+
+
+def _misfit(projected: Tensor, conv: Tensor, sizes: tuple[int, int, int, int]) -> str | None:
+    heads, headdim, _, state = sizes
+    return misplaced(projected) or product_misfit(headdim, state) or conv_misfit(conv) or norm_misfit(heads * headdim)

@@ -10,16 +10,45 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import closed_form
+from .backend import check_layer_impl, conv_misfit, misplaced, takes_triton
 from .documents import Documents
 
 PORTION = 256  # tokens whose products fit into a CPU's cache
 
 
-def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents | None = None) -> Tensor:
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    documents: Documents | None = None,
+    *,
+    activation: bool = False,
+    impl: str | None = None,
+) -> Tensor:
     """y_i = sum_t w_t x_{i + t - width // 2} + bias for x (B, L, C), weight (C, 1, width), width odd.
 
-    Tokens of other documents, padding and what lies outside the row count as zero; x must be zero at padding.
+    Tokens of other documents, padding and what lies outside the row count as zero, whatever x holds there. At padding y
+    is finite and nothing to rely on: zero from the kernels, the sum over the tokens in reach from the eager form. The
+    gradient of y must be zero there, as that of what is thrown away is.
+
+    Args:
+        activation: SiLU on top.
+        impl: "triton" (kernels) or "eager". None takes "triton" on CUDA where it can.
+
+    Raises:
+        ValueError: impl is "triton", which cannot take these tensors, or is unknown.
+        ImportError: impl is "triton", which is not installed.
     """
+    check_layer_impl(impl)
+    if takes_triton(impl, x, lambda: misplaced(x, weight, bias) or conv_misfit(weight)):
+        from .triton import layers
+
+        return layers.short_conv(x, weight, bias, None if documents is None else documents.ids, activation)
+    y = _eager(x if documents is None else documents.zero_padding(x), weight, bias, documents)
+    return F.silu(y) if activation else y
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents | None) -> Tensor:
     weight = weight.to(x.dtype)  # under autocast x is in half precision
     if documents is None or documents.cu_seqlens is None:
         y = _convolve(x, weight)

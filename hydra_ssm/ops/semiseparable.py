@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .backend import misplaced, product_misfit, takes_triton
 from .chunked import chunked
 from .documents import Documents
 from .triangle import Triangle
 
 EAGER = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked}
 IMPLEMENTATIONS = (*EAGER, "triton")
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNEL_WIDTHS = (16, 32, 64, 128)
-# Facts of the process, asked for once, as tracing could not ask.
-HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def semiseparable(
@@ -47,21 +41,15 @@ def semiseparable(
     _check(x, triangles, documents, diagonal)
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    if impl is None:
-        impl = "triton" if x.is_cuda and HAS_TRITON and _misfit(x, triangles) is None else "chunked"
     ids = None if documents is None else documents.ids
-    if impl == "triton":
+    if takes_triton(impl, x, lambda: _misfit(x, triangles)):
         return _fused(x, triangles, ids, diagonal)
-    y = EAGER[impl](x, triangles, ids)
+    y = EAGER[impl or "chunked"](x, triangles, ids)
     return y if diagonal is None else y + (diagonal[..., None] * x).to(x.dtype)
 
 
 def _fused(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, diagonal: Tensor | None) -> Tensor:
     """One pass over both triangles and the diagonal; what rows read from learned initial states comes on top."""
-    if not HAS_TRITON:
-        raise ImportError('impl="triton" needs triton, which is not installed: pip install triton', name="triton")
-    if misfit := _misfit(x, triangles):
-        raise ValueError(f'impl="triton" {misfit}')
     from .triton import Steps, quasiseparable
 
     causal, anticausal = sorted(triangles, key=lambda t: t.upper)
@@ -75,20 +63,15 @@ def _fused(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, diagona
 
 def _misfit(x: Tensor, triangles: Sequence[Triangle]) -> str | None:
     """What the kernels need and do not get."""
-    if not (x.is_cuda or INTERPRETED):
-        return f"needs tensors on a CUDA device, or TRITON_INTERPRET=1 when Python starts, got x on {x.device}"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"needs x in float32, float16 or bfloat16, got {x.dtype}"
+    if misfit := misplaced(x):
+        return misfit
     kinds = [("strict " if t.strict else "") + ("anticausal" if t.upper else "causal") for t in triangles]
     if sorted(kinds) != ["strict anticausal", "strict causal"]:
         return f"needs two strict triangles, one causal and one anticausal, got {', '.join(kinds)}"
     shapes = [tuple(t.B.shape[2:]) for t in triangles]
     if shapes[0] != shapes[1]:
         return f"needs the same groups and state in both triangles, got {shapes[0]} and {shapes[1]}"
-    for name, width in (("headdim", x.shape[3]), ("state", shapes[0][1])):
-        if width not in KERNEL_WIDTHS:
-            return f"needs a {name} of {', '.join(map(str, KERNEL_WIDTHS))}, got {width}"
-    return None
+    return product_misfit(x.shape[3], shapes[0][1])
 
 
 def _check(x: Tensor, triangles: Sequence[Triangle], documents: Documents | None, diagonal: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hydra_ssm.ops import Documents, Triangle, semiseparable
+from hydra_ssm.ops import Documents, Triangle, backend, semiseparable
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -73,7 +73,7 @@ def error(a: Tensor, b: Tensor) -> float:
     return float(((a.double() - b).norm() / b.norm().clamp(min=1e-12)).detach())
 
 
-def plan(chunk: int, heads: int, local: bool, pair: bool):
+def plan(chunk: int, heads: int, stretch: int, pair: bool):
     from hydra_ssm.ops.triton.output import OutputConfig
     from hydra_ssm.ops.triton.plan import Plan
     from hydra_ssm.ops.triton.states import StatesConfig
@@ -81,25 +81,25 @@ def plan(chunk: int, heads: int, local: bool, pair: bool):
     rows = chunk // 2
     return Plan(
         chunk=chunk,
-        states=StatesConfig(heads=1 if local else heads, stretch=int(local)),
+        states=StatesConfig(stretch=stretch),
         output=OutputConfig(heads=heads, rows=rows),
         pair=pair,
     )
 
 
 CASES = [
-    ({}, (32, 2, False, False)),
-    ({"length": 32}, (32, 2, False, True)),
-    ({"length": 29, "heads": 4, "groups": 2, "documents": True, "strong": 4.0}, (32, 2, False, True)),
-    ({"length": 13, "width": 32}, (32, 1, False, True)),
-    ({"documents": True}, (32, 1, True, False)),
+    ({}, (32, 2, 0, False)),
+    ({"length": 32}, (32, 2, 0, True)),
+    ({"length": 29, "heads": 4, "groups": 2, "documents": True, "strong": 4.0}, (32, 2, 0, True)),
+    ({"length": 13, "width": 32}, (32, 1, 0, True)),
+    ({"documents": True}, (32, 1, 1, False)),
     (
         {"batch": 2, "length": 35, "heads": 4, "groups": 2, "state": 32, "documents": True, "strong": 4.0},
-        (32, 2, False, False),
+        (32, 2, 0, False),
     ),
-    ({"length": 1}, (32, 1, False, False)),
-    ({"length": 2, "width": 64}, (32, 1, True, True)),
-    ({"length": 67, "width": 32, "state": 64}, (16, 2, True, False)),
+    ({"length": 1}, (32, 1, 0, False)),
+    ({"length": 2, "width": 64}, (32, 1, 1, True)),
+    ({"length": 67, "width": 32, "state": 64}, (16, 2, 1, False)),
     ({"length": 149, "documents": True}, (16, 2, 3, False)),
 ]
 
@@ -122,7 +122,7 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
     leaves = [t if k == 8 else t.detach().requires_grad_() for k, t in enumerate(args)]
     eager = recurrence(leaves, "chunked")
     theirs = torch.autograd.grad(eager, [t for k, t in enumerate(leaves) if k != 8], dy.to(eager.dtype))
-    how = plan(64, 2, False, False)
+    how = plan(64, 2, 0, False)
     unit = torch.finfo(dtype).eps / 2  # lucky sums of the eager form are no bar: half a rounding step is
     assert error(forward(args, how), y) <= 2 * error(eager, y) + unit
     ours = backward(dy, args, how)
@@ -136,7 +136,7 @@ def test_strided_inputs_and_poisoned_memory(monkeypatch) -> None:
     together = torch.cat([x.flatten(2), *(f.flatten(2) for f in features)], -1)
     views = together.split([32, 16, 16, 16, 16], -1)
     strided = (views[0].unflatten(-1, (2, 16)), dt_f, dt_b, A, *(v[:, :, None] for v in views[1:]), ids, diagonal)
-    how, dy = plan(16, 2, False, False), torch.randn_like(x)
+    how, dy = plan(16, 2, 0, False), torch.randn_like(x)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     packed = (x, dt_f, dt_b, A, *features, ids, diagonal)
@@ -195,7 +195,7 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
     dy = torch.randn_like(x)
     y, grads = raw_exact((x, raw, A_log, bias, limits, *features, ids, diagonal), dy)
     steps = Steps(raw[:, :, 0], raw[:, :, 1], A_log, bias, limits)
-    how = plan(32, 2, False, True)
+    how = plan(32, 2, 0, True)
     found, states = quasiseparable_forward(x, steps, *features, ids, diagonal, how=how)
     assert error(found, y) < 1e-5
     buffer = torch.full_like(raw, torch.nan)  # as the steps lie, so their gradients
@@ -271,7 +271,7 @@ def test_a_thousand_documents_in_a_row_do_not_read_each_other() -> None:
     ids = torch.repeat_interleave(torch.arange(1000), tokens)[None].to(DEVICE)
     args = list(case(length=ids.shape[1], heads=1))
     args[8] = ids
-    dy, how = torch.randn_like(args[0]), plan(128, 1, True, False)
+    dy, how = torch.randn_like(args[0]), plan(128, 1, 1, False)
     leaves = leaves_of(args, torch.float64)
     y = product(leaves, "chunked")
     grads = torch.autograd.grad(y, [t for k, t in enumerate(leaves) if k != 8], dy.double())
@@ -426,12 +426,11 @@ def test_triton_by_name_runs_or_says_what_it_needs(change, message) -> None:
 
 
 def test_triton_by_name_needs_the_package_and_a_device(monkeypatch) -> None:
-    module = sys.modules["hydra_ssm.ops.semiseparable"]  # the package's attribute of this name is the function
     args = tuple(t if t is None else t.cpu() for t in case(length=5))
-    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, or TRITON_INTERPRET=1 when Python starts"):
         product(args)
-    monkeypatch.setattr(module, "HAS_TRITON", False)
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
     with pytest.raises(ImportError, match="triton, which is not installed"):
         product(args)
     assert product(args, impl=None).shape == args[0].shape

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 16384
+from ..backend import WIDEST_NORM
+
 MOST_WARPS = 16
 
 
@@ -131,8 +132,8 @@ def norm_backward(
 
 
 def _check(shape: torch.Size, packed: tuple[Tensor, ...], strided: tuple[Tensor, ...]) -> None:
-    if shape[-1] > WIDEST:
-        raise ValueError(f"rows of the gated norm must be at most {WIDEST} wide, got {shape[-1]}")
+    if shape[-1] > WIDEST_NORM:
+        raise ValueError(f"rows of the gated norm must be at most {WIDEST_NORM} wide, got {shape[-1]}")
     for t in (*packed, *strided):
         if t.shape != shape:
             raise ValueError(f"operands of the gated norm must be {tuple(shape)} as y, got {tuple(t.shape)}")
