@@ -129,7 +129,8 @@ def block_backward(
         dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, like, kept.states,
         plan(x, B_f, backward=True), into, kept.decays,
     )  # fmt: skip
-    assert ddiagonal is not None and ddt_bias is not None
+    assert ddiagonal is not None
+    assert ddt_bias is not None
     wide, dwide = (t.flatten(0, 1)[:, : sizes.inner] for t in (kept.xBC, dxBC))
     dfc_D, dD = diagonal_backward(ddiagonal.flatten(0, 1), wide, weights.fc_D.to(x.dtype), dwide)
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
@@ -199,7 +200,8 @@ def _gradients(
     *values, ids, shape, low, high, eps = inputs[:-8]
     weights, sizes, limits = Weights(*values), Sizes(*shape), (low, high)
     dnormed, batch = dnormed.contiguous(), projected.shape[0]
-    kept = Kept(*(t if t.numel() else None for t in inputs[-8:])) if inputs[-8].numel() else None
+    given: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
+    kept = None if given[0] is None else Kept(*given)
     size = batch if kept is not None else max(1, RECOMPUTED // projected.shape[1])
     sums: list[Tensor | None] = []
     for some in (slice(start, start + size) for start in range(0, batch, size)):

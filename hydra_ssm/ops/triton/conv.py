@@ -1,3 +1,5 @@
+# mypy: disable-error-code="assignment, unreachable, misc"
+# (tuples that grow are Triton's, not Python's)
 """Centred depthwise convolution of each document and SiLU: forward and backward, each in one pass over the tokens.
 
 A program owns a few channels of a stretch of tokens and goes through it row by row, with the rows that the taps reach
@@ -295,8 +297,9 @@ def conv_backward(
     _backward_kernel[grid](
         dy, x, weight, weight if bias is None else bias, x if ids is None else ids, halo, dx, table, L, C, stretches,
         *x.stride()[:2], *dx.stride()[:2], WIDTH=width, ACTIVATION=activation, HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
+        HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels,
+        UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
     sums = table.sum(0)
-    dweight = sums[:width].T.unsqueeze(1).to(weight.dtype, memory_format=torch.contiguous_format)
+    dweight = sums[:width].T.unsqueeze(1).contiguous().to(weight.dtype)
     return dweight, None if bias is None else sums[width].to(bias.dtype)

@@ -16,21 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_steps
-
-
-@triton.jit
-def _features(u, i, begin, limit, chunk, stride, n, DIRECTION: tl.constexpr, READS: tl.constexpr):
-    """Features of the tokens i of a chunk: B, or the C that the row reads with, its neighbour's."""
-    shift = 0
-    exists = i < limit
-    if READS:
-        shift = 2 * DIRECTION - 1
-        if DIRECTION == 0:
-            exists = ((i > 0) | (chunk > 0)) & (i < limit)
-        else:
-            exists = i + 1 < limit
-    at = u + (begin + shift) * stride + (i[:, None] * stride + n[None, :])
-    return tl.load(at, mask=exists[:, None], other=0.0)
+from .tiles import load_features
 
 
 @triton.jit
@@ -93,8 +79,8 @@ def _part(
     p = tl.arange(0, P)
     begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-    us_f = _features(u_f, i, begin, limit, chunk, stride_fl, n, 0, READS)
-    us_b = _features(u_b, i, begin, limit, chunk, stride_bl, n, 1, READS)
+    us_f = load_features(u_f, i, begin, limit, chunk, stride_fl, n, 0, READS)
+    us_b = load_features(u_b, i, begin, limit, chunk, stride_bl, n, 1, READS)
     grad_f = tl.zeros([Q, N], tl.float32)
     grad_b = tl.zeros([Q, N], tl.float32)
     if HAS_IDS:

@@ -5,9 +5,9 @@ Per chunk, from the states that enter it (u and v rows of features and values, d
     state <- 2^total state + sum_j w_j u_j v_j^T       S: u = B, v = x, w = dt 2^(total - column_j)
                                                        T: u = C of the row's neighbour, v = dy, w = 2^row_j
 
-A program walks over the chunks of a few heads and one direction with their states in registers. Where heads are too
-few to fill the device, it walks over a stretch of the chunks: a first walk finds what each stretch adds, a scan over
-the stretches what enters each of them, and a second walk starts from there.
+A program walks over the chunks of one head and direction with the state in registers. Where heads are too few to fill
+the device, it walks over a stretch of the chunks: a first kernel finds what each stretch adds, a scan over the
+stretches what enters each of them, and the walk starts from there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_steps
+from .tiles import load_borders, load_features
 
 
 @triton.jit
@@ -46,88 +47,53 @@ def _walk(
     states,
     borders,
     L,
-    H,
     chunks,
-    stretches,
-    batch,
-    head,
     first,
     count,
+    state_stride,
     stride_ul,
     stride_vl,
-    stride_vh,
     DIRECTION: tl.constexpr,
     ADJOINT: tl.constexpr,
     BORDERS: tl.constexpr,
-    FIRST: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
     Q: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
-    HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Chunks first .. first + count - 1 of HEADS heads (1 or 2), in the order that the direction reads them."""
-    RIGHT: tl.constexpr = DIRECTION == ADJOINT
+    """Chunks first .. first + count - 1, in the order that the direction reads them."""
     i = tl.arange(0, Q)
     n = tl.arange(0, N)
-    p = tl.arange(0, HEADS * P)
-    second = (p >= P)[None, :]
-    value = tl.max_contiguous(tl.multiple_of(p // P * stride_vh + p % P, P), P)
-    entry = (p // P * (N * P) + p % P)[None, :] + n[:, None] * P
-    slot = (DIRECTION * tl.num_programs(2) + batch).to(tl.int64)  # (direction, batch) as one number
-    state = tl.zeros([N, HEADS * P], tl.float32)
+    p = tl.arange(0, P)
+    entry = n[:, None] * P + p[None, :]
     if BORDERS:
-        borders += ((slot * stretches + tl.program_id(1)) * H + head) * (N * P) + entry
-        if not FIRST:
-            state = tl.load(borders)
+        state = tl.load(borders + entry)
+    else:
+        state = tl.zeros([N, P], tl.float32)
     for s in tl.range(0, count, num_stages=STAGES):
-        if RIGHT:
+        if DIRECTION == ADJOINT:
             chunk = first + s
         else:
             chunk = first + count - 1 - s
-        if not FIRST:
-            to = states + ((slot * chunks + chunk) * H + head) * (N * P) + entry
-            tl.store(to, state.to(states.dtype.element_ty))
+        tl.store(states + chunk * state_stride + entry, state.to(states.dtype.element_ty))
         begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-        inside = (i < limit)[:, None]
-        vs = tl.load(v + begin * stride_vl + (i[:, None] * stride_vl + value[None, :]), mask=inside, other=0.0)
-        if ADJOINT and DIRECTION == 0:
-            inside = (((i > 0) | (chunk > 0)) & (i < limit))[:, None]
-        if ADJOINT and DIRECTION == 1:
-            inside = (i + 1 < limit)[:, None]
-        from_ = (begin + ADJOINT * (2 * DIRECTION - 1)) * stride_ul
-        us = tl.load(u + from_ + (i[:, None] * stride_ul + n[None, :]), mask=inside, other=0.0)
+        values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
+        values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
+        us = load_features(u, i, begin, limit, chunk, stride_ul, n, DIRECTION, ADJOINT)
         total = tl.load(totals + chunk * 2 + DIRECTION)
-        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total, i, DIRECTION, ADJOINT, FOLDED)[:, None]
+        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total, i, DIRECTION, ADJOINT, FOLDED)
         g = tl.exp2(total)
-        if HEADS == 2:
-            total = tl.load(totals + (chunks + chunk) * 2 + DIRECTION)
-            at_second = chunks * Q + chunk * Q
-            other = _weights(decays + at_second * 4, steps + at_second * 2, total, i, DIRECTION, ADJOINT, FOLDED)
-            w = tl.where(second, other[:, None], w)
-            g = tl.where(second, tl.exp2(total), g)
         if HAS_IDS:
-            here = ids + begin
-            if DIRECTION == 0:
-                before = tl.load(here - 1, mask=chunk > 0, other=-2)
-                last = tl.load(here + tl.minimum(limit, Q) - 1)
-            else:
-                before = tl.load(here + Q, mask=limit > Q, other=-2)
-                last = tl.load(here)
-            id_ = tl.load(here + i, mask=i < limit, other=-3)
-            if ADJOINT:
-                w = tl.where((id_ == before)[:, None], w, 0.0)
-            else:
-                w = tl.where((id_ == last)[:, None], w, 0.0)
+            before, last = load_borders(ids + begin, limit, chunk, DIRECTION, Q)
+            own = tl.load(ids + begin + i, mask=i < limit, other=-3)
+            w = tl.where(own == (before if ADJOINT else last), w, 0.0)
             g = tl.where(before == last, g, 0.0)
-        vs = (vs.to(tl.float32) * w).to(us.dtype)
-        state = tl.dot(tl.trans(us), vs, state * g, input_precision=PRECISION)
-    if FIRST:
-        tl.store(borders, state)
+        values = (values.to(tl.float32) * w[:, None]).to(us.dtype)
+        state = tl.dot(tl.trans(us), values, state * g, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "stretch"])
@@ -157,21 +123,20 @@ def _states_kernel(
     stride_vh,
     ADJOINT: tl.constexpr,
     BORDERS: tl.constexpr,
-    FIRST: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
     Q: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
-    HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (directions x heads / HEADS, stretches of chunks, batch)."""
+    """Grid (2 H directions of heads, stretches of chunks, B)."""
     pid = tl.program_id(0)
     direction = pid % 2
-    head = pid // 2 * HEADS
-    first = tl.program_id(1).to(tl.int64) * stretch
+    head = pid // 2
+    number = tl.program_id(1).to(tl.int64)
+    first = number * stretch
     count = tl.minimum(stretch, chunks - first)
     batch = tl.program_id(2).to(tl.int64)
     group = head // heads_per_group
@@ -180,18 +145,120 @@ def _states_kernel(
     steps += (batch * H + head) * (chunks * Q * 2)
     totals += (batch * H + head) * (chunks * 2)
     ids += batch * L
+    slot = direction * tl.num_programs(2) + batch  # (direction, batch) as one number
+    states += (slot * chunks * H + head) * (N * P)
+    borders += ((slot * tl.num_programs(1) + number) * H + head) * (N * P)
     if direction == 0:
         _walk(
-            u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, H,
-            chunks, tl.num_programs(1), batch, head, first, count, stride_fl, stride_vl, stride_vh,
-            0, ADJOINT, BORDERS, FIRST, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
+            u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, chunks,
+            first, count, H * N * P, stride_fl, stride_vl,
+            0, ADJOINT, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _walk(
-            u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, H,
-            chunks, tl.num_programs(1), batch, head, first, count, stride_bl, stride_vl, stride_vh,
-            1, ADJOINT, BORDERS, FIRST, HAS_IDS, FOLDED, Q, N, P, HEADS, PRECISION, STAGES,
+            u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, chunks,
+            first, count, H * N * P, stride_bl, stride_vl,
+            1, ADJOINT, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "stretch"])
+def _stretch_kernel(
+    u_f,
+    u_b,
+    v,
+    decays,
+    steps,
+    totals,
+    ids,
+    borders,
+    L,
+    H,
+    heads_per_group,
+    chunks,
+    stretch,
+    stride_fb,
+    stride_fl,
+    stride_fg,
+    stride_bb,
+    stride_bl,
+    stride_bg,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    ADJOINT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What each stretch adds to the state of either direction, in one pass from left to right. Grid (H, stretches, B).
+
+    Of the direction that leaves at the left (A; the other is R), a chunk's part decays over the chunks before it.
+    """
+    A: tl.constexpr = 1 - ADJOINT
+    head = tl.program_id(0)
+    number = tl.program_id(1).to(tl.int64)
+    first = number * stretch
+    count = tl.minimum(stretch, chunks - first)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // heads_per_group
+    v += batch * stride_vb + head.to(tl.int64) * stride_vh
+    decays += (batch * H + head) * (chunks * Q * 4)
+    steps += (batch * H + head) * (chunks * Q * 2)
+    totals += (batch * H + head) * (chunks * 2)
+    ids += batch * L
+    u_f += batch * stride_fb + group * stride_fg
+    u_b += batch * stride_bb + group * stride_bg
+    if A == 0:
+        u_left, stride_left, u_right, stride_right = u_f, stride_fl, u_b, stride_bl
+    else:
+        u_left, stride_left, u_right, stride_right = u_b, stride_bl, u_f, stride_fl
+    i = tl.arange(0, Q)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    to_right = tl.zeros([N, P], tl.float32)
+    to_left = tl.zeros([N, P], tl.float32)
+    run = 0.0
+    if HAS_IDS:
+        place = first * Q - ADJOINT
+        leaves = tl.load(ids + place, mask=place >= 0, other=-2)
+    for s in tl.range(0, count, num_stages=STAGES):
+        chunk = first + s
+        begin = chunk * Q
+        limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+        values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
+        values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
+        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, A, ADJOINT)
+        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, 1 - A, ADJOINT)
+        total_left = tl.load(totals + chunk * 2 + A)
+        total_right = tl.load(totals + chunk * 2 + 1 - A)
+        w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total_left, i, A, ADJOINT, FOLDED)
+        w_left *= tl.exp2(run)
+        w_right = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total_right, i, 1 - A, ADJOINT, FOLDED)
+        g = tl.exp2(total_right)
+        if HAS_IDS:
+            before, last = load_borders(ids + begin, limit, chunk, 1 - A, Q)
+            own = tl.load(ids + begin + i, mask=i < limit, other=-3)
+            w_left = tl.where(own == leaves, w_left, 0.0)
+            w_right = tl.where(own == (before if ADJOINT else last), w_right, 0.0)
+            g = tl.where(before == last, g, 0.0)
+        wide = values.to(tl.float32)
+        to_left = tl.dot(
+            tl.trans(us_left), (wide * w_left[:, None]).to(us_left.dtype), to_left, input_precision=PRECISION
+        )
+        to_right = tl.dot(
+            tl.trans(us_right), (wide * w_right[:, None]).to(us_right.dtype), to_right * g, input_precision=PRECISION
+        )
+        run += total_left
+    entry = n[:, None] * P + p[None, :]
+    slot = A * tl.num_programs(2) + batch
+    tl.store(borders + ((slot * tl.num_programs(1) + number) * H + head) * (N * P) + entry, to_left)
+    slot = (1 - A) * tl.num_programs(2) + batch
+    tl.store(borders + ((slot * tl.num_programs(1) + number) * H + head) * (N * P) + entry, to_right)
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "stretch"])
@@ -244,9 +311,8 @@ def _join_kernel(
 
 @dataclass(frozen=True)
 class StatesConfig:
-    """Heads a program walks with (1 or 2), chunks of a stretch (0: all of them in one walk), warps and stages."""
+    """Chunks of a stretch (0: all of them in one walk), warps and stages."""
 
-    heads: int = 1
     stretch: int = 0
     warps: int = 4
     stages: int = 2
@@ -270,22 +336,24 @@ def chunk_states(
     if stretches > 1:
         borders = torch.empty(2, batch, stretches, H, N, P, dtype=torch.float32, device=v.device)
 
-    def walk(first: bool) -> None:
-        _states_kernel[2 * H // config.heads, stretches, batch](
-            u_f, u_b, v, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-            v if ids is None else ids, states, decays.sums if borders is None else borders, L, H, H // G, chunks,
-            stretch, *u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3], ADJOINT=int(adjoint),
-            BORDERS=borders is not None, FIRST=first, HAS_IDS=ids is not None, FOLDED=decays.steps is None, Q=Q, N=N,
-            P=P, HEADS=config.heads, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
-
+    inputs = (
+        u_f, u_b, v, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
+        v if ids is None else ids,
+    )  # fmt: skip
+    sizes = (L, H, H // G, chunks, stretch, *u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3])
+    options = {
+        "ADJOINT": int(adjoint), "HAS_IDS": ids is not None, "FOLDED": decays.steps is None, "Q": Q, "N": N, "P": P,
+        "PRECISION": precision, "STAGES": config.stages, "num_warps": config.warps,
+    }  # fmt: skip
     if borders is not None:
-        walk(first=True)
+        _stretch_kernel[H, stretches, batch](*inputs, borders, *sizes, **options)
         part = min(N * P, 256)
         _join_kernel[N * P // part, H, 2 * batch](
             borders, decays.totals, v if ids is None else ids, L, H, chunks, stretch, ADJOINT=int(adjoint),
             HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, triton.next_power_of_2(stretch)),
             num_warps=2,
         )  # fmt: skip
-    walk(first=False)
+    _states_kernel[2 * H, stretches, batch](
+        *inputs, states, decays.sums if borders is None else borders, *sizes, BORDERS=borders is not None, **options
+    )
     return states
