@@ -302,4 +302,4 @@ def conv_backward(
     )  # fmt: skip
     sums = table.sum(0)
     dweight = sums[:width].T.unsqueeze(1).contiguous().to(weight.dtype)
-    return dweight, None if bias is None else sums[width].to(bias.dtype)
+    return dweight, None if bias is None else sums[width].to(bias.dtype, copy=True)
