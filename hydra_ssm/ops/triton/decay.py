@@ -48,10 +48,13 @@ def final_steps(raw, bias, low, high, exists, RAW: tl.constexpr):
         # Comparisons with what may be NaN leave it in place.
         v += bias
         e = tl.exp(-tl.abs(v))
-        u = 1.0 + e
-        # log(1 + e), where 1 + e has lost digits of e: the quotient makes up for them.
-        slope = tl.where(v < 0.0, e, 1.0) / u
-        v = tl.where(v < 0.0, 0.0, v) + tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+        slope = tl.where(v < 0.0, e, 1.0) / (1.0 + e)
+        # log(1 + e) = 2 artanh(s) by its series, s <= 1/3: a GPU's logarithm near 1 is exact to 1e-7 of 1, not of e.
+        s = e / (2.0 + e)
+        z = s * s
+        series = 1.0 / 9.0 + z * (1.0 / 11.0 + z * (1.0 / 13.0 + z * (1.0 / 15.0)))
+        series = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * series)))
+        v = tl.where(v < 0.0, 0.0, v) + 2.0 * s * series
         slope = tl.where(exists & (v >= low) & (v <= high), slope, 0.0)
         v = tl.where(v < low, low, tl.where(v > high, high, v))
         v = tl.where(exists, v, 0.0)

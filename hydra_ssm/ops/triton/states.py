@@ -78,7 +78,9 @@ def _walk(
             chunk = first + s
         else:
             chunk = first + count - 1 - s
-        tl.store(states + chunk * state_stride + entry, state.to(states.dtype.element_ty))
+        to = states + chunk * state_stride + entry
+        # Written once, read by later kernels: what the other direction still has to read should stay in the cache.
+        tl.store(to, state.to(states.dtype.element_ty), eviction_policy="evict_first")
         begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
