@@ -1,0 +1,259 @@
+"""The whole Hydra layer on kernels against its eager form in float64, through Triton's interpreter or on a GPU."""
+
+import copy
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hydra_ssm import Hydra, MatrixMixer
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # of the interpreter
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"d_state": 16, "headdim": 16, "d_conv": 3}
+
+
+def layer(matrix="quasiseparable", d_model=16, **options) -> MatrixMixer:
+    """On kernels; parameters differ from head to head, and steps are so large that decays matter."""
+    mixer = MatrixMixer(d_model, matrix, **{"impl": "triton"} | SMALL | options).to(DEVICE)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+        if hasattr(mixer, "dt_bias"):
+            mixer.dt_bias.add_(3.0)
+    return mixer
+
+
+def like(mixer: MatrixMixer, impl: str | None, **options) -> MatrixMixer:
+    """A layer of the same parameters that computes in another way."""
+    other = copy.deepcopy(mixer)
+    other.settings = replace(mixer.settings, impl=impl, **options)
+    return other
+
+
+def weights_of(y: Tensor) -> Tensor:
+    return torch.arange(y.numel(), device=DEVICE, dtype=torch.float64).mul(1.7).sin().reshape(y.shape).to(y.dtype)
+
+
+def trained(mixer: MatrixMixer, u: Tensor, autocast: torch.dtype | None = None, **where: Tensor) -> dict[str, Tensor]:
+    """The output and the gradients of a sum of it with fixed weights."""
+    u = u.detach().to(mixer.in_proj.weight.dtype).requires_grad_()
+    with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+        y = mixer(u, **where)
+    leaves = {"u": u, **dict(mixer.named_parameters())}
+    grads = torch.autograd.grad((y * weights_of(y)).sum(), list(leaves.values()))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def sizes_of_sums(mixer: MatrixMixer, u: Tensor, where: dict[str, Tensor]) -> dict[str, Tensor]:
+    """For each head, what the gradients of dt_bias and A_log would be if no token's part cancelled another's."""
+    seen: list[Tensor] = []
+    with mixer.in_proj.register_forward_hook(lambda _, inputs, projected: seen.append(projected)):
+        y = mixer(u.double(), **where)
+    (grad,) = torch.autograd.grad((y * weights_of(y)).sum(), seen)
+    heads = mixer.settings.nheads
+    dt = torch.nn.functional.softplus(seen[0][..., -2 * heads :].unflatten(-1, (2, heads)) + mixer.dt_bias)
+    parts = grad[..., -2 * heads :].unflatten(-1, (2, heads)).abs()
+    return {"dt_bias": parts.sum((0, 1, 2)), "A_log": (dt * parts).sum((0, 1, 2))}
+
+
+def agree(mixer: MatrixMixer, u: Tensor, **where: Tensor) -> None:
+    eager = like(mixer, "chunked").double()
+    exact, sums = trained(eager, u, **where), sizes_of_sums(eager, u, where)
+    for name, found in trained(mixer, u, **where).items():
+        assert found.shape == exact[name].shape
+        size = max(exact[name].norm(), sums[name].norm() if name in sums else 1e-30)
+        assert (found.double() - exact[name]).norm() < 2e-6 * size or size < 1e-12, name
+
+
+def holes(length: int) -> dict[str, Tensor]:
+    """Of three rows: padding in the middle and at the end, and a row that is nothing else."""
+    mask = torch.ones(3, length, dtype=torch.bool, device=DEVICE)
+    mask[0, 3:7] = mask[0, -1] = mask[1, -5:] = mask[2] = False
+    return {"mask": mask}
+
+
+def packed(*offsets: int) -> dict[str, Tensor]:
+    return {"cu_seqlens": torch.tensor(offsets, device=DEVICE)}
+
+
+CASES = {
+    "1 token": ({}, (2, 1), {}),
+    "2 tokens": ({}, (2, 2), {}),
+    "17 tokens, biases of the projections": ({"bias": True}, (1, 17), {}),
+    "33 tokens, groups": ({"ngroups": 2}, (1, 33), {}),
+    "mask": ({}, (3, 13), holes(13)),
+    "documents": ({}, (1, 34), packed(0, 1, 14, 14, 34)),
+    "limits of dt": ({"dt_limit": (0.8, 4.0)}, (1, 7), {}),
+    "no bias of the convolution": ({"conv_bias": False, "d_conv": 7}, (1, 17), {}),
+    "recomputed": ({"recompute": True}, (3, 13), holes(13)),
+    "recomputed documents": ({"recompute": True}, (1, 34), packed(0, 1, 14, 14, 34)),
+    "shared B and C": ({"matrix": "quasiseparable_shared"}, (1, 17), {}),
+    "initial states": ({"learnable_init_states": True}, (1, 9), packed(0, 6, 9)),
+}
+
+
+@pytest.mark.parametrize(("options", "shape", "where"), CASES.values(), ids=CASES)
+def test_the_layer_equals_its_eager_form_in_float64(options, shape, where, monkeypatch) -> None:
+    """Where the forward pass is found again, two rows of the batch at a time."""
+    monkeypatch.setattr("hydra_ssm.ops.triton.block.RECOMPUTED", 26)
+    mixer = layer(**options)
+    agree(mixer, torch.randn(*shape, mixer.d_model, device=DEVICE), **where)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def test_two_runs_agree_to_the_bit_and_recomputing_changes_nothing() -> None:
+    mixer, u = layer(), torch.randn(1, 34, 16, device=DEVICE)
+    first = trained(mixer, u)
+    assert same(trained(mixer, u), first)
+    again = like(mixer, "triton", recompute=True)
+    assert same(trained(again, u), first)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fresh_memory_and_padding_may_hold_anything(recompute, monkeypatch) -> None:
+    mixer, u, where = layer(recompute=recompute), torch.randn(1, 13, 16, device=DEVICE), holes(13)
+    where["mask"] = where["mask"][:1]
+    clean = trained(mixer, u, **where)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert same(trained(mixer, u.masked_fill(~where["mask"][..., None], torch.nan), **where), clean)
+
+
+def poisoned(make):
+    def filled(*args, **options) -> Tensor:
+        t = make(*args, **options)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    return filled
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
+    """Without it they may be written over what was saved: then nothing that others can read may change."""
+    mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE)
+    once = trained(mixer, u)
+    u.requires_grad_()
+    y = mixer(u)
+    kept = y.detach().clone()
+    loss, leaves = (y * weights_of(y)).sum(), [u, *mixer.parameters()]
+    for last in (False, False, True):
+        grads = torch.autograd.grad(loss, leaves, retain_graph=not last)
+        assert all(torch.equal(a, b) for a, b in zip(grads, list(once.values())[1:], strict=True))
+    assert torch.equal(y, kept)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_who_looks_at_the_projection_keeps_it() -> None:
+    mixer, u, seen = layer(), torch.randn(1, 7, 16, device=DEVICE), []
+    plain = trained(mixer, u)
+    with mixer.in_proj.register_forward_hook(lambda _, inputs, projected: seen.append(projected)):
+        assert same(trained(mixer, u), plain)
+    assert torch.equal(seen[0], mixer.in_proj(u))
+
+
+def test_compile_takes_the_whole_graph_and_changes_nothing() -> None:
+    mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE)
+    whole = copy.deepcopy(mixer)
+    whole.compile(fullgraph=True, backend="aot_eager")
+    eager, compiled = trained(mixer, u), trained(whole, u)
+    for name, found in compiled.items():
+        torch.testing.assert_close(found, eager[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def operator_inputs(length: int, keep: bool, requires_grad: bool = True) -> list:
+    """What the operator hydra_ssm::block takes, up to `reuse`; keep: with documents and a bias, else without."""
+    own = dict(layer(conv_bias=keep).named_parameters())
+    names = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "fc_D.weight", "norm.weight")
+    tensors = [torch.randn(1, length, 132, device=DEVICE), *(own.get(name) for name in names)]
+    tensors = [None if t is None else t.detach().requires_grad_(requires_grad) for t in tensors]
+    ids = torch.arange(length, device=DEVICE)[None] // 3 if keep else None
+    return [*tensors, ids, [2, 16, 1, 16], 0.0, torch.inf, 1e-5]
+
+
+@pytest.mark.parametrize(("length", "keep"), [(3, False), (34, True)])
+def test_the_operators_are_what_pytorch_expects(length, keep) -> None:
+    """The backward pass writes over what is kept, which opcheck compares after it: that check is left to the other."""
+    import hydra_ssm.ops.triton.block  # noqa: F401
+
+    operators = torch.ops.hydra_ssm
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += [] if keep else ["test_aot_dispatch_dynamic"]
+    torch.library.opcheck(operators.block.default, (*operator_inputs(length, keep), False, keep), test_utils=checks)
+    plain = operator_inputs(length, keep, requires_grad=False)
+    normed, *kept = operators.block(*plain, False, keep)
+    inputs = (torch.randn_like(normed), *plain, *kept)
+    torch.library.opcheck(operators.block_backward.default, inputs, test_utils=checks)
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    u = torch.randn(1, 7, 16, device=DEVICE, requires_grad=True)
+    (du,) = torch.autograd.grad(layer()(u).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        du.sum().backward()
+
+
+def test_weights_that_come_when_their_module_is_called_are_waited_for() -> None:
+    """As offloaded ones do: they are on the meta device until a hook of their module fetches them."""
+    mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE)
+    expected = mixer(u)
+    for module in (mixer.conv1d, mixer.norm):
+        weights = {n: p.detach() for n, p in module.named_parameters()}
+        module.to("meta")
+
+        def fetch(module, args, weights=weights) -> None:
+            for name, value in weights.items():
+                setattr(module, name, torch.nn.Parameter(value))
+
+        module.register_forward_pre_hook(fetch)
+    for impl in ("triton", None):
+        torch.testing.assert_close(like(mixer, impl)(u), expected, rtol=1e-5, atol=1e-5)
+
+
+MISFITS = {
+    "headdim": ({"headdim": 8}, "a headdim of 16, 32, 64, 128, got 8"),
+    "state": ({"d_state": 20}, "a state of 16, 32, 64, 128, got 20"),
+    "convolution": ({"d_conv": 1}, "a convolution over 3, 5, 7, 9 tokens, got 1"),
+    "dtype": ({"dtype": torch.float64}, "x in float32, float16 or bfloat16, got torch.float64"),
+    "one triangle": ({"matrix": "semiseparable"}, "two strict triangles, one causal and one anticausal, got causal"),
+    "another class": ({"matrix": "low_rank", "d_conv": 1}, "a convolution over 3, 5, 7, 9 tokens, got 1"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISFITS.values(), ids=MISFITS)
+def test_a_layer_by_triton_runs_or_says_what_it_needs(options, message) -> None:
+    mixer = layer(**options)
+    u = torch.randn(1, 5, 16, device=DEVICE, dtype=mixer.in_proj.weight.dtype)
+    with pytest.raises(ValueError, match=f'impl="triton" needs {message}'):
+        mixer(u)
+    assert like(mixer, None)(u).shape == u.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
+    """Long on a GPU, where it costs nothing."""
+    length = 300 if DEVICE == "cuda" else 9
+    mixer, u = layer(), torch.randn(3, length, 16, device=DEVICE)
+    where = holes(length)
+    exact = trained(like(mixer, "chunked").double(), u, **where)
+    ours, eager = (trained(m, u, dtype, **where) for m in (mixer, like(mixer, "chunked")))
+    unit = torch.finfo(dtype).eps  # lucky sums of the eager form are no bar
+    for name, e in exact.items():
+        theirs = (eager[name].double() - e).norm()
+        assert (ours[name].double() - e).norm() <= 2 * theirs + unit * e.norm(), name
+
+
+@pytest.mark.gpu
+def test_kernels_are_what_a_gpu_runs_unless_told_otherwise() -> None:
+    mixer, u = layer(), torch.randn(1, 40, 16, device=DEVICE)
+    assert same(trained(like(mixer, None), u), trained(mixer, u))
+    assert isinstance(Hydra(16, **SMALL).to(DEVICE)(u), Tensor)
