@@ -30,7 +30,8 @@ class Quasiseparable(Triangles):
             block.projected, block.conv_weight, block.conv_bias, own["dt_bias"], own["A_log"], own["D"],
             own["fc_D.weight"], block.norm_weight,
             (settings.nheads, settings.headdim, settings.ngroups, settings.d_state), settings.dt_limit,
-            block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute, reuse=block.private,
+            block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute,
+            reuse=settings.recompute and block.private,  # it costs a copy of some rows, so only where memory counts
         )  # fmt: skip
 
 

@@ -184,60 +184,55 @@ def _backward_kernel(
         for k in tl.static_range(3 * HALF):
             numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)  # noqa: RUF005
     after = halo + (stretch * (4 * HALF) + 2 * HALF) * C
-    # In place, rows from the end of the stretch on come from the halo: a loop of its own, as few steps need it.
-    whole = count // UNROLL * UNROLL
-    for phase in tl.static_range(1 + IN_PLACE):
-        start_k = 0 if phase == 0 else whole
-        stop_k = whole if phase < IN_PLACE else count + 2 * HALF
-        for k in tl.range(start_k, stop_k, UNROLL):
-            rows = ()
-            given = ()
-            for s in tl.static_range(UNROLL):
-                j = k + s
-                at = x + j * stride_l
-                if phase == 1:
-                    at = tl.where(j < count, at, after + (j - count) * C)
-                rows = rows + (tl.load(at + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
-                inside = (j - HALF >= low) & (j - HALF < high)
-                given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)  # noqa: RUF005
-            for s in tl.static_range(UNROLL):
-                j = k + s
+    for k in tl.range(0, count + 2 * HALF, UNROLL):
+        rows = ()
+        given = ()
+        for s in tl.static_range(UNROLL):
+            j = k + s
+            at = x + j * stride_l
+            if IN_PLACE:
+                at = tl.where(j < count, at, after + (j - count) * C)
+            rows = rows + (tl.load(at + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+            inside = (j - HALF >= low) & (j - HALF < high)
+            given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)  # noqa: RUF005
+        for s in tl.static_range(UNROLL):
+            j = k + s
+            if HAS_IDS:
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
+                own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
+            reached = ()
+            window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
+            pre = start
+            for t in tl.static_range(WIDTH):
+                value = window[t]
                 if HAS_IDS:
-                    numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
-                    own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
-                reached = ()
-                window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
-                pre = start
-                for t in tl.static_range(WIDTH):
-                    value = window[t]
-                    if HAS_IDS:
-                        value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
-                    reached = reached + (value,)  # noqa: RUF005
-                    pre += value * taps[t]
-                g = given[s].to(tl.float32)
-                if ACTIVATION:
-                    sigmoid = tl.sigmoid(pre)
-                    g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
+                    value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
+                reached = reached + (value,)  # noqa: RUF005
+                pre += value * taps[t]
+            g = given[s].to(tl.float32)
+            if ACTIVATION:
+                sigmoid = tl.sigmoid(pre)
+                g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
+            if HAS_IDS:
+                g = tl.where(own_number >= 0, g, 0.0)
+            grads = grads + (g,)  # noqa: RUF005
+            own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
+            more = ()
+            for t in tl.static_range(WIDTH):
+                more = more + (sums[t] + own * reached[t],)  # noqa: RUF005
+            sums = more + (sums[WIDTH] + own,)  # noqa: RUF005
+            out = zero
+            for t in tl.static_range(WIDTH):
                 if HAS_IDS:
-                    g = tl.where(own_number >= 0, g, 0.0)
-                grads = grads + (g,)  # noqa: RUF005
-                own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
-                more = ()
-                for t in tl.static_range(WIDTH):
-                    more = more + (sums[t] + own * reached[t],)  # noqa: RUF005
-                sums = more + (sums[WIDTH] + own,)  # noqa: RUF005
-                out = zero
-                for t in tl.static_range(WIDTH):
-                    if HAS_IDS:
-                        out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
-                    else:
-                        out += grads[2 * HALF - t] * taps[t]
-                i = j - 2 * HALF
-                tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
-                window = window[1:]
-                grads = grads[1:]
-                if HAS_IDS:
-                    numbers = numbers[1:]
+                    out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
+                else:
+                    out += grads[2 * HALF - t] * taps[t]
+            i = j - 2 * HALF
+            tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
+            window = window[1:]
+            grads = grads[1:]
+            if HAS_IDS:
+                numbers = numbers[1:]
     table += stretch * ((WIDTH + HAS_BIAS) * C) + c
     for t in tl.static_range(WIDTH + HAS_BIAS):
         tl.store(table + t * C, sums[t], mask=keep)
