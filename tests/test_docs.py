@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import struct
 import sys
@@ -118,17 +119,53 @@ def test_the_example_class_is_exact_in_a_mixer_with_padding_and_packing(banded, 
         torch.testing.assert_close(M @ x, torch.einsum("bhij,bjhp->bihp", M.dense(), x), rtol=1e-12, atol=1e-13)
 
 
-def test_the_drawing_script_draws_one_class(tmp_path):
+@pytest.fixture
+def script(request, monkeypatch):
+    """A script of docs/ as a module."""
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("draw_matrices", DOCS / "draw_matrices.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(script)
-        for folder in (tmp_path / "one", tmp_path / "two"):
-            script.main(["quasiseparable", "--out", str(folder)])
-    finally:
-        del sys.modules[spec.name]
+    spec = importlib.util.spec_from_file_location(request.param, DOCS / f"{request.param}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", ["draw_kernels"], indirect=True)
+def test_the_table_of_the_kernels_is_what_their_tensors_sum_up_to(script, tmp_path, capsys):
+    script.main(["--out", str(tmp_path)])
+    assert capsys.readouterr().out in (DOCS / "performance.md").read_text(encoding="utf-8")
+    assert png_size(tmp_path / "kernels.png") == png_size(DOCS / "pictures" / "kernels.png")
+
+
+@pytest.mark.parametrize("script", ["speed_figures"], indirect=True)
+def test_measurements_become_a_page_with_tables_and_a_plot(script, tmp_path, monkeypatch):
+    row = {"name": "hydra", "batch": 2, "length": 128, "step": 2.0, "graph_step": 1.5, "compiled": True}
+    gone = {"name": "attention", "batch": 2, "length": 128, "note": "out of memory"}
+    report = {
+        "command": "hydra-ssm bench", "date": "today", "machine": {"device": "GPU", "torch": "2"},
+        "ceilings": {"copy": 3e12, "matmul": 8e14}, "settings": {"d_model": 768, "dtype": "bfloat16"},
+        "layers": [row, gone], "products": [], "encoders": [row, gone], "small": [row | {"forward": 0.1}] * 2,
+    }  # fmt: skip
+    (tmp_path / "pictures").mkdir()
+    page, kept = tmp_path / "performance.md", tmp_path / "speed.json"
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n", encoding="utf-8")
+    kept.write_text(json.dumps(report), encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", page)
+    for _ in range(2):  # over what is there
+        script.main(str(kept))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert text.count("| hydra | 2 x 128 | - | 1.50 | - | 2.00 | - | -, - |") == 1
+    assert "| 2 x 128 | 1.50 | out of memory |" in text
+    assert "old" not in text
+    assert png_size(tmp_path / "pictures" / "speed.png")
+
+
+@pytest.mark.parametrize("script", ["draw_matrices"], indirect=True)
+def test_the_drawing_script_draws_one_class(script, tmp_path):
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        script.main(["quasiseparable", "--out", str(folder)])
     drawn = tmp_path / "one" / "quasiseparable.png"
     assert png_size(drawn) == png_size(DOCS / "pictures" / "quasiseparable.png") == (372, 312)
     assert drawn.read_bytes() == (tmp_path / "two" / "quasiseparable.png").read_bytes()
