@@ -48,7 +48,9 @@ def test_the_convolution_is_the_operator_that_pytorch_expects(bias, ids) -> None
     operators, numbers = torch.ops.hydra_ssm, padding() if ids else None
     torch.library.opcheck(operators.short_conv.default, (*conv_case(bias=bias), numbers, True))
     plain = conv_case(bias=bias, requires_grad=False)
-    torch.library.opcheck(operators.short_conv_backward.default, (torch.randn(2, 9, 20), *plain, numbers, True))
+    torch.library.opcheck(
+        operators.short_conv_backward.default, (torch.randn(2, 9, 20, device=DEVICE), *plain, numbers, True)
+    )
 
 
 def test_the_norm_is_the_operator_that_pytorch_expects() -> None:
@@ -128,13 +130,13 @@ def test_strides_of_any_kind_are_read() -> None:
 CONV_MISFITS = {
     "float64": (lambda x, w, b: (x.double(), w, b), "float32, float16 or bfloat16, got torch.float64"),
     "one tap": (lambda x, w, b: (x, w[..., :1], b), "a convolution over 3, 5, 7, 9 tokens, got 1"),
-    "devices": (lambda x, w, b: (x, w.to("meta"), b), "all tensors on one device, got cpu and meta"),
+    "devices": (lambda x, w, b: (x, w.to("meta"), b), "all tensors on one device, got .* and meta"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), CONV_MISFITS.values(), ids=CONV_MISFITS)
 def test_a_convolution_by_triton_runs_or_says_what_it_needs(change, message) -> None:
-    with pytest.raises(ValueError, match=message.replace("cpu", DEVICE)):
+    with pytest.raises(ValueError, match=message):
         short_conv(*change(*conv_case()), impl="triton")
 
 
