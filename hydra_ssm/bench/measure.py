@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,15 +17,15 @@ from .report import Row
 
 def measure(
     name: str, batch: int, length: int, make: Callable[[], dict[str, Run]], device: torch.device,
-    limits: tuple[tuple[Cost, Cost], Ceilings] | None = None, *, ours: bool = True,
+    limits: tuple[tuple[Cost, Cost], Ceilings] | None = None,
 ) -> Row:  # fmt: skip
     """The row of what `make` makes, `forward`, `step` or both, or of its lack of memory.
 
-    limits: what a token costs at least, forward and backward, and the rates that it is paid at. Not all that is not
-    ours lets itself be captured.
+    limits: what a token costs at least, forward and backward, and the rates that it is paid at. What does not let
+    itself be captured has no times of a replay, and a warning says why.
     """
     try:
-        return _measured(Row(name, batch, length), make(), device, limits, ours)
+        return _measured(Row(name, batch, length), make(), device, limits)
     except RuntimeError as problem:
         if not ran_out_of_memory(problem):
             raise
@@ -36,14 +36,11 @@ def measure(
 
 
 def _measured(
-    row: Row, runs: dict[str, Run], device: torch.device, limits: tuple[tuple[Cost, Cost], Ceilings] | None, ours: bool
+    row: Row, runs: dict[str, Run], device: torch.device, limits: tuple[tuple[Cost, Cost], Ceilings] | None
 ) -> Row:
     eager = timed(runs, device)
     peak = peak_bytes(runs["step"], device) if "step" in runs else None
-    graph: dict[str, float] = {}
-    if device.type == "cuda":
-        with contextlib.nullcontext() if ours else contextlib.suppress(Exception):
-            graph = {name: timed({name: captured(run, device)}, device)[name] for name, run in runs.items()}
+    graph = _replayed(row.name, runs, device) if device.type == "cuda" else {}
     best = eager | graph
     tokens = row.batch * row.length
     fractions: list[float | None] = [None, None]
@@ -62,3 +59,15 @@ def _measured(
         forward_of_ceilings=fractions[0],
         step_of_ceilings=fractions[1],
     )
+
+
+def _replayed(name: str, runs: dict[str, Run], device: torch.device) -> dict[str, float]:
+    """Seconds of the runs' CUDA graphs, one at a time in memory."""
+    try:
+        return {part: timed({part: captured(run, device)}, device)[part] for part, run in runs.items()}
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # a library's of which nobody has tried this version, or compiled code
+        told = " ".join(str(problem).split())[:100]
+        warnings.warn(f"{name} cannot be captured: {type(problem).__name__}: {told}", stacklevel=2)
+        return {}

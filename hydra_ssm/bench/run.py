@@ -118,8 +118,7 @@ def _products(layer: MatrixMixer, settings: Settings, ceilings: Ceilings, say: S
         cost = product(layer, settings.dtype.itemsize)
         for name, (scan, its) in found.items():
             make = partial(_product_runs, scan, layer, batch, length, settings, its)
-            ours = name not in scans.PEERS
-            rows.append(measure(name, batch, length, make, settings.device, (cost, ceilings), ours=ours))
+            rows.append(measure(name, batch, length, make, settings.device, (cost, ceilings)))
             say(str(rows[-1]))
     return rows
 
