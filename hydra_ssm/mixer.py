@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .matrices import MATRICES, Inputs, Placed, Projected, Settings, StructuredMatrix
 from .ops import Documents, Layout, layout, per_document, rows
+from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
 STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
@@ -36,7 +37,7 @@ class MatrixMixer(nn.Module):
         max_length: longest sequence of the fixed form; some data-dependent classes scale by it.
         data_dependent: False for the fixed form; None takes the data-dependent one where the class has it.
         dt_limit, dt_min, dt_max, dt_init_floor, A_init_range, learnable_init_states: for classes with a state; so are
-        impl, of the product, and recompute, for less memory and more time on a GPU.
+        impl, of the product and what goes with it, and recompute, for less memory and more time on a GPU.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class MatrixMixer(nn.Module):
         _check_sizes(d_model, self.d_inner, headdim, ngroups, d_state, d_conv, max_length)
         if unknown := state_options.keys() - STATE_OPTIONS:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        if (impl := state_options.get("impl")) not in (None, *IMPLEMENTATIONS):
+            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
         self.settings = Settings(self.d_inner // headdim, headdim, d_state, ngroups, max_length, **state_options)
         features = self.matrix_class.features(self.settings)
         self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first

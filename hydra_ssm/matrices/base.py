@@ -30,7 +30,7 @@ class Settings:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
     A_init_range: tuple[float, float] = (1.0, 1.0)
     learnable_init_states: bool = False
-    impl: str | None = None  # of the product, see `hydra_ssm.ops.semiseparable`; None chooses
+    impl: str | None = None  # of the product, see `hydra_ssm.ops.semiseparable`, and all around it; None chooses
     recompute: bool = False  # fused kernels save memory in the forward pass and find again in the backward one
 
 
