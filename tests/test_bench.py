@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,24 @@ def test_the_peak_is_that_of_the_run() -> None:
     if peak is None:
         pytest.skip("the system does not tell")
     assert peak == pytest.approx(1 << 26, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="needs triton's interpreter")
+def test_the_scripts_for_a_gpu_run_through_the_interpreter(tmp_path: Path) -> None:
+    folder = Path(__file__).parent.parent / "benchmarks" / "gpu"
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments, "--device", "cpu"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert run(str(folder / "sweep.py")) == ""  # what does not run is told
+    kept = tmp_path / "accuracy.json"
+    out = run(str(folder / "accuracy.py"), "--dtypes", "float32", "--only", "L = 2", "--json", str(kept))
+    assert "1 rows, 0 of them drawn; 0 bad" in out
+    (row,) = json.loads(kept.read_text(encoding="utf-8"))["rows"]
+    assert row["errors"].keys() == {"y", "x", "dt_f", "dt_b", "A", "B_f", "C_f", "B_b", "C_b", "diagonal"}
 
 
 @pytest.mark.gpu
