@@ -11,7 +11,12 @@ from torch.autograd.function import once_differentiable
 
 
 def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A static `backward` that is no further differentiable, in the precision of what it is given.
+    """A static `backward` that is no further differentiable, in the precision of what it is given."""
+    return once_differentiable(uncast(backward))
+
+
+def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A static `backward` in the precision of what it is given, differentiable as far as its operations are.
 
     Its products must not be cast where someone calls it under autocast: the forward pass has already chosen.
     """
@@ -21,4 +26,4 @@ def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(grad.device.type, enabled=False):
             return backward(ctx, grad)
 
-    return once_differentiable(exact)
+    return exact

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autograd import closed_form
+from .._autograd import uncast
 from .backend import check_layer_impl, conv_misfit, misplaced, takes_triton
 from .documents import Documents
 
@@ -75,7 +75,7 @@ class _Depthwise(torch.autograd.Function):
         return _channels_last(x, weight)
 
     @staticmethod
-    @closed_form
+    @uncast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         width, (batch, length, channels) = weight.shape[-1], x.shape

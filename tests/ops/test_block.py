@@ -195,11 +195,14 @@ def test_the_operators_are_what_pytorch_expects(length, keep) -> None:
     torch.library.opcheck(operators.block_backward.default, inputs, test_utils=checks)
 
 
-def test_a_gradient_of_the_gradient_is_refused() -> None:
-    u = torch.randn(1, 7, 16, device=DEVICE, requires_grad=True)
-    (du,) = torch.autograd.grad(layer()(u).square().sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
+def test_a_gradient_of_the_gradient_is_refused_with_an_advice_that_helps() -> None:
+    mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE, requires_grad=True)
+    (du,) = torch.autograd.grad(mixer(u).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once: gradients of gradients need impl='dense'"):
         du.sum().backward()
+    (du,) = torch.autograd.grad(like(mixer, "dense")(u).square().sum(), u, create_graph=True)
+    du.sum().backward()
+    assert u.grad.abs().sum() > 0
 
 
 def test_weights_that_come_when_their_module_is_called_are_waited_for() -> None:
