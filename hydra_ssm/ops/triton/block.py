@@ -151,7 +151,8 @@ def block(
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
     shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
     keep = needed and not recompute
-    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, reuse, keep)[0]
+    spent = 2 if reuse else 1
+    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, spent, keep)[0]
 
 
 INPUTS = (
@@ -221,22 +222,23 @@ def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Te
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    *tensors, shape, low, high, eps, reuse, _ = inputs
+    *tensors, shape, low, high, eps, spent, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros as large as all that is kept would be written, to be thrown away
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.options, ctx.reuse = (shape, low, high, eps), reuse
+    ctx.options, ctx.spent = (shape, low, high, eps), spent
 
 
 def _differentiate(ctx: Any, dnormed: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     projected, *tensors = ctx.saved_tensors
     values, kept = tensors[:8], tensors[8:]
     # What is saved may be written over if no second backward pass can ask for it; a compiler plans memory itself.
-    if type(projected) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph():
-        to = projected if ctx.reuse else torch.empty_like(projected)
+    once = type(projected) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and ctx.spent:
+        to = projected if ctx.spent == 2 else torch.empty_like(projected)
         grads = _gradients(dnormed, projected, to, True, *values, *ctx.options, *kept)
         found: list[Tensor | None] = [grads[0], *grads[1]]
-        torch.autograd.graph.increment_version([projected, kept[1]] if ctx.reuse else [kept[1]])
+        torch.autograd.graph.increment_version([projected, kept[1]][2 - ctx.spent :])
     else:
         found = list(torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept))
     given = (projected, *values[:7])
@@ -244,7 +246,8 @@ def _differentiate(ctx: Any, dnormed: Tensor, *_: Tensor) -> tuple[Tensor | None
 
 
 register(
-    "block", f"({INPUTS}, bool reuse, bool keep) -> ({', '.join(['Tensor'] * 9)})",
+    # spent: what the backward pass may write over. 0: nothing, 1: what is kept, unseen by the caller, 2: projected too
+    "block", f"({INPUTS}, int spent, bool keep) -> ({', '.join(['Tensor'] * 9)})",
     _forward, _fake_forward, _differentiate, _save,
 )  # fmt: skip
 register(
