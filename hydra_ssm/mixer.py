@@ -163,7 +163,12 @@ class MatrixMixer(nn.Module):
 
     def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
         projected = self.in_proj(u)
-        if not self.bare and self.data_dependent:
+        if (
+            self.data_dependent
+            and not self.bare
+            and _as_made(self.conv1d, ShortConv)
+            and _as_made(self.norm, GatedNorm)
+        ):
             y = self.matrix_class.fused(self._block(projected, documents))
             if y is not None:
                 return self.out_proj(y)
@@ -198,9 +203,7 @@ class MatrixMixer(nn.Module):
     def _block(self, projected: Tensor, documents: Documents | None) -> Projected:
         conv, norm = self.conv1d, self.norm
         parameters = {name: read(self, name) for name in self.own}
-        private = type(self.in_proj) is nn.Linear and not (
-            self.in_proj._forward_hooks or nn.modules.module._global_forward_hooks
-        )
+        private = _as_made(self.in_proj, nn.Linear) and not nn.modules.module._global_forward_hooks
         return Projected(
             projected, conv.weight, conv.bias, norm.weight, norm.eps, parameters, self.settings, documents, private
         )
@@ -285,6 +288,11 @@ class SelfAttention(MatrixMixer):
         super().__init__(
             d_model, "attention", d_state=headdim, headdim=headdim, expand=1, bare=True, bias=bias, **factory
         )
+
+
+def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part may go unseen into an operation of several: no hook waits for it, and nothing took its place."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def check_input(u: Tensor, d_model: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hydra_ssm import Hydra, MatrixMixer
+from hydra_ssm.ops import Documents
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -258,3 +259,46 @@ def test_kernels_are_what_a_gpu_runs_unless_told_otherwise() -> None:
     mixer, u = layer(), torch.randn(1, 40, 16, device=DEVICE)
     assert same(trained(like(mixer, None), u), trained(mixer, u))
     assert isinstance(Hydra(16, **SMALL).to(DEVICE)(u), Tensor)
+
+
+def test_parameters_and_document_numbers_of_any_strides() -> None:
+    mixer, u = layer(), torch.randn(2, 19, 16, device=DEVICE)
+    ids = torch.arange(19, device=DEVICE) // 5
+    expected = mixer(u, documents=Documents(ids.repeat(2, 1)))
+    turned = mixer.conv1d.weight.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    strided = {"conv1d.weight": turned, "A_log": mixer.A_log.detach().repeat(3, 1).T.contiguous()[:, 1]}
+    for documents in (Documents(ids.expand(2, 19)), Documents(ids.repeat(2, 2)[:, :19])):
+        again = torch.func.functional_call(mixer, strided, (u,), {"documents": documents})
+        torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_that_shall_have_one_itself_is_refused_even_if_nothing_is_retained() -> None:
+    for recompute in (False, True):
+        mixer, u = layer(recompute=recompute), torch.randn(1, 7, 16, device=DEVICE, requires_grad=True)
+        (du,) = torch.autograd.grad(mixer(u).square().sum(), u, create_graph=True, retain_graph=False)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            du.sum().backward()
+
+
+def test_what_is_computed_again_is_computed_as_before_whatever_the_backward_pass_is_called_under() -> None:
+    mixer, u, grads = layer(), torch.randn(1, 40, 16, device=DEVICE), []
+    for one in (mixer, like(mixer, "triton", recompute=True)):
+        projected = one.in_proj(u).detach().requires_grad_()
+        one.in_proj.register_forward_hook(lambda *_, projected=projected: projected)
+        loss = one(u).square().sum()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            grads += torch.autograd.grad(loss, projected)
+    assert torch.equal(*grads)
+
+
+def test_hooks_of_parts_are_called() -> None:
+    mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE)
+    expected, calls = mixer(u), []
+    mixer.norm.register_forward_hook(lambda *_: calls.append("norm"))
+    mixer.conv1d.register_forward_pre_hook(lambda *_: calls.append("conv1d"))
+    torch.testing.assert_close(mixer(u), expected, rtol=1e-5, atol=1e-5)
+    assert calls == ["conv1d", "norm"]
+
+
+def test_many_heads_have_the_diagonal_too() -> None:
+    agree(layer(d_model=560, expand=2), torch.randn(1, 5, 560, device=DEVICE))

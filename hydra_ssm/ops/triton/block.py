@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Steps
 from .diagonal import diagonal_backward
-from .library import differentiable_once, register
+from .library import differentiable_once, packed, register, where_it_lies
 from .norm import norm_backward, norm_forward
 from .plan import plan
 from .product import Into, find_decays, quasiseparable_backward, quasiseparable_forward
@@ -164,7 +164,8 @@ KEPT = "Tensor xBC, Tensor y, Tensor rstd, Tensor states, Tensor sums, Tensor st
 
 def _forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """normed, then what is kept, empty where nothing is."""
-    *values, ids, shape, low, high, eps, _, keep = inputs
+    *given, shape, low, high, eps, _, keep = inputs
+    *values, ids = packed(*given)
     normed, kept = block_forward(projected, Weights(*values), Sizes(*shape), (low, high), eps, ids, keep)
     tensors = [getattr(kept, f.name) if keep else None for f in fields(kept)]
     return normed, *(projected.new_empty(0) if t is None else t for t in tensors)
@@ -190,7 +191,7 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """The gradients of projected and of the weights in their order, empty for the one that is None."""
-    found, grads = _gradients(dnormed, projected, torch.empty_like(projected), False, *inputs)
+    found, grads = _gradients(dnormed, projected, projected.new_empty(projected.shape), False, *inputs)
     return found, *(projected.new_empty(0) if g is None else g for g in grads)
 
 
@@ -198,7 +199,8 @@ def _gradients(
     dnormed: Tensor, projected: Tensor, dprojected: Tensor, reuse: bool, *inputs: Any
 ) -> tuple[Tensor, list[Tensor | None]]:
     """dprojected and the gradients of the weights; batch by batch where the forward pass is found again."""
-    *values, ids, shape, low, high, eps = inputs[:-8]
+    *tensors, shape, low, high, eps = inputs[:-8]
+    *values, ids = packed(*tensors)
     weights, sizes, limits = Weights(*values), Sizes(*shape), (low, high)
     dnormed, batch = dnormed.contiguous(), projected.shape[0]
     given: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
@@ -207,10 +209,11 @@ def _gradients(
     sums: list[Tensor | None] = []
     for some in (slice(start, start + size) for start in range(0, batch, size)):
         part, own_ids = projected[some], None if ids is None else ids[some]
-        again = kept or block_forward(part, weights, sizes, limits, eps, own_ids, True)[1]
-        grads = block_backward(
-            dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None
-        )
+        with torch.autocast(part.device.type, enabled=False):  # the forward pass has already chosen
+            again = kept or block_forward(part, weights, sizes, limits, eps, own_ids, True)[1]
+            grads = block_backward(
+                dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None
+            )
         more = [getattr(grads, f.name) for f in fields(grads)]
         sums = [a if b is None else a + b for a, b in zip(more, sums, strict=True)] if sums else more
     return dprojected, sums
@@ -229,14 +232,16 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     ctx.options, ctx.spent = (shape, low, high, eps), spent
 
 
-def _differentiate(ctx: Any, dnormed: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dnormed is None:
+        return (None,) * 15
     projected, *tensors = ctx.saved_tensors
     values, kept = tensors[:8], tensors[8:]
     # What is saved may be written over if no second backward pass can ask for it; a compiler plans memory itself.
-    once = type(projected) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if once and ctx.spent:
-        to = projected if ctx.spent == 2 else torch.empty_like(projected)
-        grads = _gradients(dnormed, projected, to, True, *values, *ctx.options, *kept)
+    once = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
+    if once and ctx.spent and type(projected) is Tensor:
+        to = projected.detach() if ctx.spent == 2 else projected.new_empty(projected.shape)
+        grads = where_it_lies(_gradients, dnormed, projected, to, True, *values, *ctx.options, *kept)
         found: list[Tensor | None] = [grads[0], *grads[1]]
         torch.autograd.graph.increment_version([projected, kept[1]][2 - ctx.spent :])
     else:

@@ -33,7 +33,7 @@ def _place(L, C, stretches, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 def _taps(weight, c, keep, WIDTH: tl.constexpr):
     taps = ()
     for t in tl.static_range(WIDTH):
-        taps = taps + (tl.load(weight + c * WIDTH + t, mask=keep, other=0.0).to(tl.float32),)  # noqa: RUF005
+        taps = taps + (tl.load(weight + c * WIDTH + t, mask=keep, other=0.0).to(tl.float32),)
     return taps
 
 
@@ -74,19 +74,19 @@ def _forward_kernel(
     for k in tl.static_range(WIDTH - 1):
         there = (k - HALF >= low) & (k - HALF < high)
         row = tl.load(x + (k - HALF) * stride_l + c, mask=keep & there, other=0.0)
-        window = window + (row.to(tl.float32),)  # noqa: RUF005
+        window = window + (row.to(tl.float32),)
         if HAS_IDS:
-            numbers = numbers + (tl.load(ids + (k - HALF), mask=there, other=-2),)  # noqa: RUF005
+            numbers = numbers + (tl.load(ids + (k - HALF), mask=there, other=-2),)
     for k in tl.range(0, count, UNROLL):
         rows = ()
         for s in tl.static_range(UNROLL):
             j = k + s + HALF
-            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)
         for s in tl.static_range(UNROLL):
-            window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
+            window = window + (rows[s].to(tl.float32),)
             if HAS_IDS:
                 j = k + s + HALF
-                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
             out = start
             for t in tl.static_range(WIDTH):
                 if HAS_IDS:
@@ -178,11 +178,11 @@ def _backward_kernel(
             row = tl.load(halo + (stretch * (4 * HALF) + k) * C + c, mask=there, other=0.0)
         else:
             row = tl.load(x + (k - 2 * HALF) * stride_l + c, mask=there, other=0.0)
-        window = window + (row.to(tl.float32),)  # noqa: RUF005
-        grads = grads + (zero,)  # noqa: RUF005
+        window = window + (row.to(tl.float32),)
+        grads = grads + (zero,)
     if HAS_IDS:
         for k in tl.static_range(3 * HALF):
-            numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)  # noqa: RUF005
+            numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)
     after = halo + (stretch * (4 * HALF) + 2 * HALF) * C
     for k in tl.range(0, count + 2 * HALF, UNROLL):
         rows = ()
@@ -192,22 +192,22 @@ def _backward_kernel(
             at = x + j * stride_l
             if IN_PLACE:
                 at = tl.where(j < count, at, after + (j - count) * C)
-            rows = rows + (tl.load(at + c, mask=keep & (j < high), other=0.0),)  # noqa: RUF005
+            rows = rows + (tl.load(at + c, mask=keep & (j < high), other=0.0),)
             inside = (j - HALF >= low) & (j - HALF < high)
-            given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)  # noqa: RUF005
+            given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
         for s in tl.static_range(UNROLL):
             j = k + s
             if HAS_IDS:
-                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)  # noqa: RUF005
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
                 own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
             reached = ()
-            window = window + (rows[s].to(tl.float32),)  # noqa: RUF005
+            window = window + (rows[s].to(tl.float32),)
             pre = start
             for t in tl.static_range(WIDTH):
                 value = window[t]
                 if HAS_IDS:
                     value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
-                reached = reached + (value,)  # noqa: RUF005
+                reached = reached + (value,)
                 pre += value * taps[t]
             g = given[s].to(tl.float32)
             if ACTIVATION:
@@ -215,12 +215,12 @@ def _backward_kernel(
                 g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
             if HAS_IDS:
                 g = tl.where(own_number >= 0, g, 0.0)
-            grads = grads + (g,)  # noqa: RUF005
+            grads = grads + (g,)
             own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
             more = ()
             for t in tl.static_range(WIDTH):
-                more = more + (sums[t] + own * reached[t],)  # noqa: RUF005
-            sums = more + (sums[WIDTH] + own,)  # noqa: RUF005
+                more = more + (sums[t] + own * reached[t],)
+            sums = more + (sums[WIDTH] + own,)
             out = zero
             for t in tl.static_range(WIDTH):
                 if HAS_IDS:

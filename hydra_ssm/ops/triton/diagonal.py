@@ -58,6 +58,9 @@ def _diagonal_kernel(
         tl.store(sums + at, total, mask=has_h)
 
 
+MOST_HEADS = 64  # beyond, a tile of all heads fits badly, and the products of a library are as good
+
+
 @dataclass(frozen=True)
 class DiagonalConfig:
     """Tokens and channels of a tile, groups that tiles are dealt to, stages."""
@@ -73,10 +76,13 @@ def diagonal_backward(
 ) -> tuple[Tensor, Tensor]:
     """Adds dd W_D to dx, in place; returns the gradients of W_D (H, inner) and D (H,), float32.
 
-    dd (rows, H) is contiguous, x and dx (rows, inner) have unit last strides; all are in the dtype of x, as is W_D.
+    dd (rows, H) and W_D are contiguous, x and dx (rows, inner) have unit last strides; all are in the dtype of x.
     """
     how = DiagonalConfig() if how is None else how
     rows, H = dd.shape
+    if H > MOST_HEADS:
+        dx.addmm_(dd, weight)
+        return (dd.T @ x).float(), dd.sum(0, dtype=torch.float32)
     inner = x.shape[1]
     tiles = triton.cdiv(rows, how.rows)
     share = triton.cdiv(tiles, how.groups)
@@ -86,6 +92,7 @@ def diagonal_backward(
     heads = max(16, triton.next_power_of_2(H))
     _diagonal_kernel[triton.cdiv(inner, how.channels), groups](
         dd, x, weight, dx, table, sums, rows, share, inner, H, x.stride(0), dx.stride(0), HEADS=heads,
-        ROWS=how.rows, BLOCK_C=how.channels, PRECISION="ieee", STAGES=how.stages, num_warps=4 if heads <= 64 else 8,
+        ROWS=how.rows, BLOCK_C=how.channels, PRECISION="ieee", STAGES=1 if x.dtype == torch.float32 else how.stages,
+        num_warps=4,
     )  # fmt: skip
     return table.sum(0), sums.sum(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .conv import conv_backward, conv_forward
-from .library import differentiable_once, register
+from .library import differentiable_once, packed, register
 from .norm import norm_backward, norm_forward
 
 
@@ -30,7 +30,8 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, activation: bool) -> Tensor:
-    return conv_forward(_with_rows(x), *_packed(weight, bias), ids, activation)
+    weight, bias, ids = packed(weight, bias, ids)
+    return conv_forward(_with_rows(x), weight, bias, ids, activation)
 
 
 def _fake_conv(x: Tensor, *_: Any) -> Tensor:
@@ -42,7 +43,8 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias, the last one empty where there is none."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = conv_backward(dy.contiguous(), _with_rows(x), *_packed(weight, bias), ids, activation, dx)
+    weight, bias, ids = packed(weight, bias, ids)
+    dweight, dbias = conv_backward(dy.contiguous(), _with_rows(x), weight, bias, ids, activation, dx)
     return dx, dweight, x.new_empty(0) if dbias is None else dbias
 
 
@@ -92,10 +94,6 @@ def _save_norm(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -
 
 def _differentiate_norm(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.hydra_ssm.gated_rms_norm_backward(dout, *ctx.saved_tensors), None
-
-
-def _packed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.contiguous(), None if bias is None else bias.contiguous()
 
 
 def _with_rows(t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Its backward pass is an operator as well, without gradients of its own: the prod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def register(
     Those would cost 100 microseconds a call more, in checks and lookups of the schema.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, partial(where_it_lies, kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hydra_ssm::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.hydra_ssm, name).default
 
@@ -60,6 +61,19 @@ def register(
         return below(keyset, *inputs)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def where_it_lies(f: Callable[..., Any], first: Tensor, *rest: Any) -> Any:
+    """f(first, *rest) with the device of the first tensor as the current one: Triton launches there."""
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return f(first, *rest)
+    return f(first, *rest)
+
+
+def packed(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors that kernels read without strides."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def differentiable_once(ctx: Any, *grads: Any) -> Any:
@@ -97,6 +111,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, states); the latter empty where there are none, or nothing is kept."""
     x, B_f, C_f, B_b, C_b = map(_with_rows, (x, B_f, C_f, B_b, C_b))
+    A, bias, ids = packed(A, bias, ids)
     steps, how = Steps(dt_f, dt_b, A, bias, (low, high)), plan(x, B_f, backward=keep)
     y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, diagonal, how)
     return y, states if keep and states is not None else x.new_empty(0)
@@ -116,6 +131,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the ten floating point inputs in their order, empty for those that are None."""
     dy, x, B_f, C_f, B_b, C_b = map(_with_rows, (dy, x, B_f, C_f, B_b, C_b))
+    A, bias, ids = packed(A, bias, ids)
     steps = Steps(dt_f, dt_b, A, bias, (low, high))
     saved = states if states.numel() else None
     grads = quasiseparable_backward(dy, x, steps, B_f, C_f, B_b, C_b, ids, diagonal, saved)
@@ -134,7 +150,9 @@ def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> Non
     ctx.limits = low, high
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 14
     *inputs, states = ctx.saved_tensors
     grads = torch.ops.hydra_ssm.quasiseparable_backward(dy, *inputs, *ctx.limits, states)
     given = _differentiable(inputs)

@@ -37,13 +37,15 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     heads = H // G
     if x.dtype == torch.float32 or max(N, P) > 64:
         chunk, output = 32, OutputConfig(heads, 32, False, 4, 2)
+        stages = 1 if x.dtype == torch.float32 else 2  # more does not fit beside such tiles
     elif not backward or L <= 128:
-        chunk, output = 128, OutputConfig(heads, 128, False, 8, 4)
+        chunk, output, stages = 128, OutputConfig(heads, 128, False, 8, 4), 3
     else:
-        chunk, output = 64, OutputConfig(heads, 64, True, 4, 3)
+        chunk, output, stages = 64, OutputConfig(heads, 64, True, 4, 3), 3
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
+        feature_grads=FeatureGradsConfig(stages=stages),
     )

@@ -16,12 +16,14 @@ from .states import chunk_states
 from .step_grads import step_grads
 from .value_grads import value_grads
 
+LONGEST = 1 << 28  # heads are apart by offsets of 32 bits, of up to 8 a token
+
 
 @dataclass(frozen=True)
 class Into:
     """Where the backward pass writes gradients instead of new tensors: views of any strides, the last one unit.
 
-    dx may be x. dB_f, dC_f, dB_b and dC_b go together: their strides are alike.
+    dB_f, dC_f, dB_b and dC_b go together: their strides are alike.
     """
 
     dx: Tensor | None = None  # (B, L, H, P)
@@ -43,6 +45,8 @@ def quasiseparable_forward(
     are what the backward pass may take, as (2, B, chunks, H, N, P), or None where one chunk holds everything.
     """
     how = plan(x, B_f) if how is None else how
+    if x.shape[1] * x.shape[2] >= LONGEST:
+        raise ValueError(f"length times heads must be less than {LONGEST} in one sequence, got {tuple(x.shape)}")
     decays = find_decays(x, steps, ids, diagonal, how) if decays is None else decays
     states = _states(x, B_f, B_b, decays, ids, how)
     y = chunk_outputs(x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision)

@@ -133,21 +133,21 @@ def _states_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (2 H directions of heads, stretches of chunks, B)."""
+    """Grid (B H directions, stretches of chunks)."""
     pid = tl.program_id(0)
     direction = pid % 2
-    head = pid // 2
+    head = pid // 2 % H
+    batch = (pid // (2 * H)).to(tl.int64)
     number = tl.program_id(1).to(tl.int64)
     first = number * stretch
     count = tl.minimum(stretch, chunks - first)
-    batch = tl.program_id(2).to(tl.int64)
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
     steps += (batch * H + head) * (chunks * Q * 2)
     totals += (batch * H + head) * (chunks * 2)
     ids += batch * L
-    slot = direction * tl.num_programs(2) + batch  # (direction, batch) as one number
+    slot = direction * (tl.num_programs(0) // (2 * H)) + batch  # (direction, batch) as one number
     states += (slot * chunks * H + head) * (N * P)
     borders += ((slot * tl.num_programs(1) + number) * H + head) * (N * P)
     if direction == 0:
@@ -197,16 +197,17 @@ def _stretch_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What each stretch adds to the state of either direction, in one pass from left to right. Grid (H, stretches, B).
+    """What each stretch adds to the state of either direction, in one pass from left to right. Grid (B H, stretches).
 
     Of the direction that leaves at the left (A; the other is R), a chunk's part decays over the chunks before it.
     """
     A: tl.constexpr = 1 - ADJOINT
-    head = tl.program_id(0)
+    head = tl.program_id(0) % H
+    batch = (tl.program_id(0) // H).to(tl.int64)
+    batches = tl.num_programs(0) // H
     number = tl.program_id(1).to(tl.int64)
     first = number * stretch
     count = tl.minimum(stretch, chunks - first)
-    batch = tl.program_id(2).to(tl.int64)
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
@@ -257,9 +258,9 @@ def _stretch_kernel(
         )
         run += total_left
     entry = n[:, None] * P + p[None, :]
-    slot = A * tl.num_programs(2) + batch
+    slot = A * batches + batch
     tl.store(borders + ((slot * tl.num_programs(1) + number) * H + head) * (N * P) + entry, to_left)
-    slot = (1 - A) * tl.num_programs(2) + batch
+    slot = (1 - A) * batches + batch
     tl.store(borders + ((slot * tl.num_programs(1) + number) * H + head) * (N * P) + entry, to_right)
 
 
@@ -279,11 +280,11 @@ def _join_kernel(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """In place, from what each stretch adds to the state that enters it. Grid (parts of N P, H, 2 B)."""
-    slot = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1)
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    size = tl.num_programs(2) // 2
+    """In place, from what each stretch adds to the state that enters it. Grid (2 B H, parts of N P)."""
+    slot = (tl.program_id(0) // H).to(tl.int64)
+    head = tl.program_id(0) % H
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.num_programs(0) // (2 * H)
     direction, batch = slot // size, slot % size
     totals += (batch * H + head) * (chunks * 2) + direction
     ids += batch * L
@@ -348,14 +349,14 @@ def chunk_states(
         "PRECISION": precision, "STAGES": config.stages, "num_warps": config.warps,
     }  # fmt: skip
     if borders is not None:
-        _stretch_kernel[H, stretches, batch](*inputs, borders, *sizes, **options)
+        _stretch_kernel[batch * H, stretches](*inputs, borders, *sizes, **options)
         part = min(N * P, 256)
-        _join_kernel[N * P // part, H, 2 * batch](
+        _join_kernel[2 * batch * H, N * P // part](
             borders, decays.totals, v if ids is None else ids, L, H, chunks, stretch, ADJOINT=int(adjoint),
             HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, triton.next_power_of_2(stretch)),
             num_warps=2,
         )  # fmt: skip
-    _states_kernel[2 * H, stretches, batch](
+    _states_kernel[2 * batch * H, stretches](
         *inputs, states, decays.sums if borders is None else borders, *sizes, BORDERS=borders is not None, **options
     )
     return states
