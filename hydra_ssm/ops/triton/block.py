@@ -122,7 +122,8 @@ def block_backward(
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
     dxBC = torch.empty_like(kept.xBC)
     dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
-    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
+    dD = torch.empty(sizes.heads, dtype=torch.float32, device=x.device)
+    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b, dD)
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     like = x[..., 0]  # the diagonal as it was: for its shape and dtype
     _, _, _, dA_log, ddt_bias, *_, ddiagonal = quasiseparable_backward(
@@ -132,10 +133,9 @@ def block_backward(
     assert ddiagonal is not None
     assert ddt_bias is not None
     wide, dwide = (t.flatten(0, 1)[:, : sizes.inner] for t in (kept.xBC, dxBC))
-    dfc_D, dD = diagonal_backward(ddiagonal.flatten(0, 1), wide, weights.fc_D.to(x.dtype), dwide)
+    dfc_D = diagonal_backward(ddiagonal.flatten(0, 1), wide, weights.fc_D.to(x.dtype), dwide)
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
-    dD = dD.to(weights.D.dtype)
-    return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), dnorm)
+    return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD.to(weights.D.dtype), dfc_D.to(weights.fc_D.dtype), dnorm)
 
 
 def block(

@@ -1,4 +1,4 @@
-"""The diagonal d = W_D x + D of the matrix, backwards: one pass over x and its gradient."""
+"""The projection W_D x of the diagonal, backwards: one pass over x and its gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def _diagonal_kernel(
     weight,
     dx,
     table,
-    sums,
     rows,
     share,
     inner,
@@ -39,7 +38,6 @@ def _diagonal_kernel(
     has_h = h < H
     w = tl.load(weight + h[:, None] * inner + c[None, :], mask=has_h[:, None] & has_c, other=0.0)
     dweight = tl.zeros([HEADS, BLOCK_C], tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
     first = group.to(tl.int64) * share * ROWS
     for k in tl.range(0, share, num_stages=STAGES):
         begin = first + k * ROWS
@@ -51,11 +49,8 @@ def _diagonal_kernel(
         grad = tl.dot(d, w, grad, input_precision=PRECISION)
         tl.store(to, grad.to(dx.dtype.element_ty), mask=inside & has_c)
         dweight = tl.dot(tl.trans(d), values, dweight, input_precision=PRECISION)
-        total += tl.sum(d.to(tl.float32), 0)
-    at = group * H + h
-    tl.store(table + at[:, None].to(tl.int64) * inner + c[None, :], dweight, mask=has_h[:, None] & has_c)
-    if tl.program_id(0) == 0:
-        tl.store(sums + at, total, mask=has_h)
+    at = (group * H + h)[:, None].to(tl.int64) * inner + c[None, :]
+    tl.store(table + at, dweight, mask=has_h[:, None] & has_c)
 
 
 MOST_HEADS = 64  # beyond, a tile of all heads fits badly, and the products of a library are as good
@@ -71,10 +66,8 @@ class DiagonalConfig:
     stages: int = 3
 
 
-def diagonal_backward(
-    dd: Tensor, x: Tensor, weight: Tensor, dx: Tensor, how: DiagonalConfig | None = None
-) -> tuple[Tensor, Tensor]:
-    """Adds dd W_D to dx, in place; returns the gradients of W_D (H, inner) and D (H,), float32.
+def diagonal_backward(dd: Tensor, x: Tensor, weight: Tensor, dx: Tensor, how: DiagonalConfig | None = None) -> Tensor:
+    """Adds dd W_D to dx, in place; returns the gradient of W_D (H, inner) in float32.
 
     dd (rows, H) and W_D are contiguous, x and dx (rows, inner) have unit last strides; all are in the dtype of x.
     """
@@ -82,17 +75,16 @@ def diagonal_backward(
     rows, H = dd.shape
     if H > MOST_HEADS:
         dx.addmm_(dd, weight)
-        return (dd.T @ x).float(), dd.sum(0, dtype=torch.float32)
+        return (dd.T @ x).float()
     inner = x.shape[1]
     tiles = triton.cdiv(rows, how.rows)
     share = triton.cdiv(tiles, how.groups)
     groups = triton.cdiv(tiles, share)
     table = torch.empty(groups, H, inner, dtype=torch.float32, device=x.device)
-    sums = torch.empty(groups, H, dtype=torch.float32, device=x.device)
     heads = max(16, triton.next_power_of_2(H))
     _diagonal_kernel[triton.cdiv(inner, how.channels), groups](
-        dd, x, weight, dx, table, sums, rows, share, inner, H, x.stride(0), dx.stride(0), HEADS=heads,
+        dd, x, weight, dx, table, rows, share, inner, H, x.stride(0), dx.stride(0), HEADS=heads,
         ROWS=how.rows, BLOCK_C=how.channels, PRECISION="ieee", STAGES=1 if x.dtype == torch.float32 else how.stages,
         num_warps=4,
     )  # fmt: skip
-    return table.sum(0), sums.sum(0)
+    return table.sum(0)

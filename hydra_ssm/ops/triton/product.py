@@ -33,6 +33,7 @@ class Into:
     dC_f: Tensor | None = None
     dB_b: Tensor | None = None
     dC_b: Tensor | None = None
+    ddiagonal_sum: Tensor | None = None  # (H,) float32, over batch and tokens
 
 
 def quasiseparable_forward(
@@ -83,7 +84,9 @@ def quasiseparable_backward(
     tiles = value_grads(
         x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision
     )
-    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b)
+    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
+        steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b, into.ddiagonal_sum
+    )
     dB_f, dC_f, dB_b, dC_b = grads
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
 
