@@ -31,7 +31,7 @@ class Quasiseparable(Triangles):
             own["fc_D.weight"], block.norm_weight,
             (settings.nheads, settings.headdim, settings.ngroups, settings.d_state), settings.dt_limit,
             block.norm_eps, block.documents, impl=settings.impl, recompute=settings.recompute,
-            reuse=settings.recompute and block.private,  # it costs a copy of some rows, so only where memory counts
+            reuse=block.private,
         )  # fmt: skip
 
 

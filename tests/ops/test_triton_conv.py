@@ -119,7 +119,7 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
         assert error(a, e) <= 2 * error(b, e) + unit, name
 
 
-@pytest.mark.parametrize("length", [1, 17, 37])
+@pytest.mark.parametrize("length", [1, 16, 17, 37])
 def test_dx_may_be_the_memory_of_x(length) -> None:
     """Stretches follow each other in any order: what lies beside them must not be the new values."""
     leaves = case(length=length, channels=20)

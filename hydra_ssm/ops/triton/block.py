@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .conv import conv_backward, conv_forward
+from .conv import BACKWARD, conv_backward, conv_forward
 from .decay import Decays, Steps
 from .diagonal import diagonal_backward
 from .library import differentiable_once, packed, register, where_it_lies
@@ -145,13 +145,14 @@ def block(
     """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H) in its dtype, differentiable once.
 
     ids (B, L) number the documents, -1 is padding. recompute: the backward pass finds again what it needs of the
-    forward pass, instead of keeping it. reuse: nobody else reads projected, so that its gradient may take its place.
+    forward pass, instead of keeping it. reuse: nobody else reads projected: its gradient may take its place.
     """
     values = [getattr(weights, f.name) for f in fields(weights)]
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
     shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
     keep = needed and not recompute
-    spent = 2 if reuse else 1
+    # Rows of several stretches cost copies of those at the borders: they are written over only where memory counts.
+    spent = 2 if reuse and (recompute or projected.shape[1] <= BACKWARD.rows) else 1
     return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, spent, keep)[0]
 
 

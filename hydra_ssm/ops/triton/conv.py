@@ -285,7 +285,8 @@ def conv_backward(
     batch, L, C = x.shape
     width, stretches = weight.shape[-1], triton.cdiv(L, how.rows)
     grid = (batch * stretches * triton.cdiv(C, how.channels),)
-    in_place, halo = dx.data_ptr() == x.data_ptr(), x
+    # A row that is one stretch has nothing beside it; within a stretch, what is written is read no more.
+    in_place, halo = stretches > 1 and dx.data_ptr() == x.data_ptr(), x
     if in_place:
         halo = torch.empty(batch * stretches, 4 * (width // 2), C, dtype=x.dtype, device=x.device)
         _halo_kernel[grid](
