@@ -302,3 +302,16 @@ def test_hooks_of_parts_are_called() -> None:
 
 def test_many_heads_have_the_diagonal_too() -> None:
     agree(layer(d_model=560, expand=2), torch.randn(1, 5, 560, device=DEVICE))
+
+
+def test_sums_over_parts_of_the_batch_are_not_rounded_in_between(monkeypatch) -> None:
+    import hydra_ssm.ops.triton.block as block
+
+    monkeypatch.setattr(block, "RECOMPUTED", 8)
+    whole = layer(conv_bias=True).half()
+    u = torch.randn(32, 7, 16, device=DEVICE).half()
+    exact = trained(like(whole, "chunked").double(), u)
+    parts, at_once = trained(like(whole, "triton", recompute=True), u), trained(whole, u)
+    for name in ("conv1d.weight", "norm.weight", "fc_D.weight"):
+        errors = [(grads[name].double() - exact[name]).norm() for grads in (parts, at_once)]
+        assert errors[0] < 1.1 * errors[1], name

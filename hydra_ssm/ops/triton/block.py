@@ -202,11 +202,13 @@ def _gradients(
     """dprojected and the gradients of the weights; batch by batch where the forward pass is found again."""
     *tensors, shape, low, high, eps = inputs[:-8]
     *values, ids = packed(*tensors)
-    weights, sizes, limits = Weights(*values), Sizes(*shape), (low, high)
     dnormed, batch = dnormed.contiguous(), projected.shape[0]
     given: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
     kept = None if given[0] is None else Kept(*given)
     size = batch if kept is not None else max(1, RECOMPUTED // projected.shape[1])
+    # Gradients that are added up are so in float32, which they have if the weights do.
+    used = values if size >= batch else [None if t is None else t.float() for t in values]
+    weights, sizes, limits = Weights(*used), Sizes(*shape), (low, high)
     sums: list[Tensor | None] = []
     for some in (slice(start, start + size) for start in range(0, batch, size)):
         part, own_ids = projected[some], None if ids is None else ids[some]
@@ -217,7 +219,7 @@ def _gradients(
             )
         more = [getattr(grads, f.name) for f in fields(grads)]
         sums = [a if b is None else a + b for a, b in zip(more, sums, strict=True)] if sums else more
-    return dprojected, sums
+    return dprojected, [None if g is None else g.to(t.dtype) for g, t in zip(sums, values, strict=True)]
 
 
 def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
