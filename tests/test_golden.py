@@ -33,10 +33,8 @@ def block(config: dict) -> tuple[MatrixMixer, str]:
 
 
 def load_released(mixer: MatrixMixer, tensors: dict[str, torch.Tensor], matrix: str) -> None:
-    state = convert_block(take(tensors, "param."), matrix)
-    if "buffer.matrix_mixer.dft_matrix" in tensors:
-        state["M"] = tensors["buffer.matrix_mixer.dft_matrix"].expand_as(mixer.M)
-    mixer.load_state_dict(state)  # strict
+    state = take(tensors, "param.") | take(tensors, "buffer.")
+    mixer.load_state_dict(convert_block(state, matrix, mixer.settings.nheads))  # strict
 
 
 def test_every_golden_file_is_here():
