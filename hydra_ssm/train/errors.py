@@ -5,6 +5,17 @@ class UserError(ValueError):
     """A mistake that the user can repair: one line that says what must hold and what was given."""
 
 
+class Diverged(UserError):
+    """Training whose loss, gradients or weights are no longer finite."""
+
+    def __init__(self, step: int, reason: str, learning_rate: float) -> None:
+        super().__init__(
+            f"the training has diverged by step {step}, {reason}: start again with --overwrite and a --learning-rate "
+            f"below {learning_rate:g}"
+        )
+        self.step, self.reason = step, reason
+
+
 class Stopped(Exception):
     """A signal stopped the run after a step, whose checkpoint was saved."""
 

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ..text import HydraConfig, preset
@@ -31,7 +33,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     """
     config = _config(recipe)
     corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
-    tokenizer = _tokenizer(recipe, corpus)
+    tokenizer = make_tokenizer(recipe, corpus)
     config.vocab_size = -(-len(tokenizer) // 8) * 8
     config.pad_token_id = tokenizer.pad_token_id
     if config.max_position_embeddings > 0:
@@ -40,7 +42,7 @@ def prepare(recipe: Recipe, folder: Path) -> None:
         texts = (text for is_held_out, text in corpus if is_held_out == held_out)
         rows = PackedRows.write(folder / name, pieces(texts, tokenizer, recipe.length), recipe.length)
         _check_enough(rows, recipe, held_out)
-        _check_known(rows, tokenizer)
+        check_known(rows.tokens, tokenizer)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
@@ -48,11 +50,11 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     Prepared(recipe, folder)
 
 
-def _check_known(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer has tokens for the text: [UNK] alone teaches nothing."""
-    counts = token_counts(rows.tokens, len(tokenizer))
+def check_known(tokens: NDArray[np.integer], tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer has tokens for the text: [UNK] alone teaches nothing. Warns or raises UserError where it lacks."""
+    counts = token_counts(tokens, len(tokenizer))
     unknown = int(counts[tokenizer.unk_token_id])
-    words = len(rows.tokens) - int(counts[tokenizer.all_special_ids].sum()) + unknown
+    words = len(tokens) - int(counts[tokenizer.all_special_ids].sum()) + unknown
     if unknown > MOST_UNKNOWN * words or not words:
         raise UserError(
             f"the tokenizer must know the text, it finds {words:,} words or parts of words in it and has a token for "
@@ -88,7 +90,8 @@ def _config(recipe: Recipe) -> HydraConfig:
     return config
 
 
-def _tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerBase:
+def make_tokenizer(recipe: Recipe, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The recipe's, or one that is trained on the text. Raises UserError where neither can be."""
     try:
         if recipe.tokenizer is not None:
             return load_tokenizer(recipe.tokenizer)

@@ -21,10 +21,10 @@ from .checkpoints import newest_whole, remove_unfinished
 from .errors import Stopped, UserError
 from .folder import RunFolder
 from .prepare import Prepared, prepare
-from .progress import EvaluateAtTheEnd, ProgressBar, StopOnSignal
+from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
-from .trainer import MaskedLMTrainer, arguments
+from .trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."

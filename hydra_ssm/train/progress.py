@@ -86,11 +86,3 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.received:
             control.should_save = control.should_training_stop = True
-
-
-class EvaluateAtTheEnd(TrainerCallback):
-    """Trainer saves after the last step, but evaluates there only where the interval meets it."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ..text.collators import Row
-from .packing import PackedRows
+
+
+class Rows(Protocol):
+    """What text was made into: `rows[i]` is (tokens, length of each piece)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]: ...
 
 
 class TrainingRows(Dataset):
     """All rows of a run in its order: `total` of them, in passes over the data, each shuffled anew."""
 
-    def __init__(self, rows: PackedRows, total: int, seed: int) -> None:
+    def __init__(self, rows: Rows, total: int, seed: int) -> None:
         self.rows, self.total, self.seed = rows, total, seed
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
@@ -33,7 +41,7 @@ class TrainingRows(Dataset):
 class EvaluationRows(Dataset):
     """Every row once, with the same masks every time."""
 
-    def __init__(self, rows: PackedRows) -> None:
+    def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:

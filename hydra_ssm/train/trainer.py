@@ -11,14 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED, MaskedLMCollator
 from .baseline import Score
 from .checkpoints import remove_old, whole_folder
-from .errors import UserError
+from .errors import Diverged, UserError
 from .recipe import Recipe
 from .rows import EvaluationRows, TrainingRows
 
@@ -135,7 +142,11 @@ class MaskedLMTrainer(Trainer):
 
     @torch.no_grad()
     def score(self) -> Score:
-        """How well the model predicts the held-out rows."""
+        """How well the model predicts the held-out rows, in the precision that it is trained in."""
+        with self.accelerator.autocast():
+            return self._score()
+
+    def _score(self) -> Score:
         loss, right, tokens = 0.0, 0, 0
         training = self.net.training
         self.net.eval()
@@ -154,11 +165,8 @@ class MaskedLMTrainer(Trainer):
         self.net.train(training)
         return Score(loss / tokens, right / tokens, tokens)
 
-    def _diverged(self, reason: str) -> UserError:
-        return UserError(
-            f"the training has diverged by step {self.state.global_step}, {reason}: start again with --overwrite and a "
-            f"--learning-rate below {self.args.learning_rate:g}"
-        )
+    def _diverged(self, reason: str) -> Diverged:
+        return Diverged(self.state.global_step, reason, self.args.learning_rate)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not all(p.isfinite().all() for p in self.net.parameters()):
@@ -177,6 +185,14 @@ class MaskedLMTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """Trainer saves after the last step, but evaluates there only where the interval meets it."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def _right(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
