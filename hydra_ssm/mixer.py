@@ -17,7 +17,7 @@ from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
 STATE_OPTIONS = {"dt_limit", "dt_min", "dt_max", "dt_init_floor", "A_init_range", "learnable_init_states"}
-STATE_OPTIONS |= {"impl", "recompute"}
+STATE_OPTIONS |= {"impl", "recompute", "tolerance"}
 FLOAT32 = ("A_log", "dt_bias", "D")  # exponents and what feeds them: half precision would move decays by percents
 
 
@@ -38,6 +38,7 @@ class MatrixMixer(nn.Module):
         data_dependent: False for the fixed form; None takes the data-dependent one where the class has it.
         dt_limit, dt_min, dt_max, dt_init_floor, A_init_range, learnable_init_states: for classes with a state; so are
         impl, of the product and what goes with it, and recompute, for less memory and more time on a GPU.
+        tolerance: relative error of the products of cauchy and vandermonde; None: 1e-5, in float64 1e-13.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class MatrixMixer(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         if (impl := state_options.get("impl")) not in (None, *IMPLEMENTATIONS):
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+        if (tolerance := state_options.get("tolerance")) is not None and not 1e-15 <= tolerance <= 0.1:
+            raise ValueError(f"tolerance must be between 1e-15 and 0.1, got {tolerance}")
         self.settings = Settings(self.d_inner // headdim, headdim, d_state, ngroups, max_length, **state_options)
         features = self.matrix_class.features(self.settings)
         self.features = tuple(sorted(features, key=lambda f: not f.conv))  # stable: convolved ones first

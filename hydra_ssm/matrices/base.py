@@ -32,6 +32,7 @@ class Settings:
     learnable_init_states: bool = False
     impl: str | None = None  # of the product, see `hydra_ssm.ops.semiseparable`, and all around it; None chooses
     recompute: bool = False  # fused kernels save memory in the forward pass and find again in the backward one
+    tolerance: float | None = None  # relative, of products that are approximate; None: 1e-5, in float64 1e-13
 
 
 @dataclass(frozen=True)

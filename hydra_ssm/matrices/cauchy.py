@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ._exponential_sum import exponential_sum
+from ._precision import at_least_float32, tolerance
+from ._reciprocal import exponents_and_weights
 from ._terms import sum_over_features
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
@@ -17,15 +22,18 @@ LARGEST = 80.0
 
 @dataclass(frozen=True)
 class Cauchy(StructuredMatrix):
-    """M_ij = sum_d 1 / (exp q_id + exp k_jd + 2c) / sqrt(max_length d), c learned.
+    """M_ij = sum_d 1 / (exp q_id + exp k_jd + 2c) / sqrt(max_length d), c learned. O(L), to a tolerance.
 
-    Quadratic as yet: the product goes through the entries.
+    Each denominator D must be positive. 1 / D is a sum of exponentials exp(-s D) to within the tolerance, the terms s
+    and their weights scaled by the least D of a sequence, head and d; where D is 1e7 times the least, its reciprocal
+    is off by up to 1e-7 of the largest. exp(-s D) is a product of a factor of i and one of j: linear attention.
     """
 
     q: Tensor  # (B, L, H, d)
     k: Tensor  # (B, L, H, d)
     c: Tensor  # ()
     scale: float
+    tolerance: float | None = None
 
     @classmethod
     def features(cls, settings: Settings) -> tuple[Feature, ...]:
@@ -39,17 +47,42 @@ class Cauchy(StructuredMatrix):
     @classmethod
     def build(cls, inputs: Inputs) -> Self:
         scale = (inputs.settings.max_length * inputs.settings.d_state) ** -0.5
-        return cls(inputs.documents, inputs.features["q"], inputs.features["k"], inputs.parameters["c"], scale)
+        q, k, c = inputs.features["q"], inputs.features["k"], inputs.parameters["c"]
+        return cls(inputs.documents, q, k, c, scale, inputs.settings.tolerance)
 
     def entries(self) -> Tensor:
-        wide = torch.promote_types(self.q.dtype, torch.float32)
-        # Clamped where an entry is zero to all digits: beyond, exp overflows and its gradient would be infinity * 0.
-        q, k, c = self.q.to(wide).clamp(max=LARGEST), self.k.to(wide).clamp(max=LARGEST), self.c.to(wide)
+        q, k, c = self._nodes()
 
         def term(q: Tensor, k: Tensor) -> Tensor:
             return 1 / (q + k + FLOOR)
 
-        return (sum_over_features(term, q.exp() + c, k.exp() + c) * self.scale).to(self.q.dtype)
+        return (sum_over_features(term, q + c, k + c) * self.scale).to(self.q.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return torch.einsum("bhij,bjhp->bihp", self.entries(), x)
+        q, k, c = self._nodes()
+        (q, least_q), (k, least_k) = (self._above_least(t) for t in (q, k))
+        D = least_q + least_k + 2 * c + FLOOR  # (B, H, d, 1), the least denominators
+        unit = torch.where(D > 0, D, torch.nan).detach()  # a pole inside the matrix gives NaN
+        s, w = (D.new_tensor(v) for v in exponents_and_weights(tolerance(self.tolerance, x.dtype)))
+        weight = w * self.scale / unit
+        scale = (weight.log() - s * (D / unit)) / 2
+        q, k, scale = (t.flatten(0, 1) for t in (q / unit, k / unit, scale))
+        y = exponential_sum(q, k, scale, s, rearrange(x, "b l h p -> (b h) l p"))
+        return rearrange(y, "(b h) l p -> b l h p", h=x.shape[2])
+
+    def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """exp q, exp k and c in float32 at least.
+
+        Clamped where an entry is zero to all digits: beyond, exp overflows and its gradient would be infinity * 0.
+        """
+        q, k = (at_least_float32(t).clamp(max=LARGEST).exp() for t in (self.q, self.k))
+        return q, k, self.c.to(q.dtype)
+
+    def _above_least(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B, L, H, d) less its least over the tokens, (B, H, d, L), and that, (B, H, d, 1), a constant."""
+        t = rearrange(t, "b l h d -> b h d l")
+        tokens = t.detach()
+        if self.documents is not None:
+            tokens = tokens.masked_fill(~self.documents.valid[:, None, None], torch.inf)
+        least = tokens.amin(-1, keepdim=True).clamp(max=math.exp(LARGEST))
+        return (t - least).clamp(min=0), least  # what is below it is padding
