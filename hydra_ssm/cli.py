@@ -22,6 +22,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   pretrain     train a masked language model on text
   fill-mask    show the likeliest words for each [MASK] of a text
   embed        write a vector for each paragraph of a file
+  inspect      draw the matrices that a model mixes a sentence with
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention
 
@@ -31,6 +32,7 @@ examples:
   hydra-ssm pretrain notes/ book.txt --out runs/mine    on your own files and folders
   hydra-ssm fill-mask runs/mine "A [MASK] sentence."    what it learned
   hydra-ssm embed runs/mine notes/today.md              a vector for each paragraph
+  hydra-ssm inspect runs/mine "A sentence."             which tokens each token reads: a picture and a page
   hydra-ssm bench --plot speed.png                      checked, then timed: a table and a picture
 
 HYDRA_SSM_TRACEBACK=1 shows where an error came from.

@@ -30,8 +30,9 @@ LEVEL = {
     "text": 6,
     "vision": 6,
     "bench": 6,
-    "train": 7,
-    "cli": 8,
+    "inspection": 7,
+    "train": 8,
+    "cli": 9,
 }
 CORE = {"helpers", "ops", "matrices", "mixer", "released", "encoder", "root"}
 CORE_REQUIREMENTS = {"torch", "einops"}

@@ -172,6 +172,43 @@ def embed(
         print(f"\nalike by {similarity:.2f}:\n  {_shortened(texts[first])}\n  {_shortened(texts[second])}")
 
 
+def inspect(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    text: Annotated[Positional[str], arg(metavar="TEXT")],
+    /,
+    *,
+    layers: Annotated[tuple[str, ...] | None, arg(metavar="N ...", help_behavior_hint="(default: all)")] = None,
+    heads: Annotated[tuple[str, ...] | None, arg(metavar="N ...", help_behavior_hint="(default: all)")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: DIR/inspect)")] = None,
+) -> None:
+    """Draw the matrices that a model mixes the tokens of a text with, and check their ranks.
+
+    A mixer computes y = M x along the tokens: row i of M, one matrix for each layer and head, says how much token i
+    reads from each token, as attention maps do for a Transformer. matrices.png shows them in a grid; matrices.html is a
+    page that works offline in any browser: choose layer and head, point at a weight to see both tokens and its value.
+    Red is positive, blue negative. The table beside them tells the ranks of M's blocks below and above the diagonal,
+    what the class of matrices promises of them, and whether the class is sequence aligned; docs/theory.md explains
+    both.
+
+    In use:
+        hydra-ssm inspect runs/mine "The statement is executed when the condition is true."
+        hydra-ssm inspect runs/mine "A sentence." --layers 0 2-3 --heads 5 --out pictures
+
+    Args:
+        model: A folder that pretrain wrote, or save_pretrained with the model and its tokenizer.
+        text: A sentence or a few; up to 1024 tokens, fewer where the model has learned positions.
+        layers: Numbers from 0 and ranges of them; of many layers the picture shows 12.
+        heads: Numbers from 0 and ranges of them; of many heads the picture shows 8.
+        out: A folder for matrices.png and matrices.html. Those of an earlier call are replaced, other files never.
+    """
+    require("matplotlib", "train")
+    from ..inspection.report import inspect as look
+    from ..inspection.report import numbers
+
+    chosen = {name: numbers(name, given) for name, given in (("layers", layers), ("heads", heads)) if given}
+    print(look(model, text, out=out or model / "inspect", **chosen))
+
+
 def convert(
     checkpoint: Annotated[Positional[Path], arg(metavar="CHECKPOINT")],
     out: Annotated[Positional[Path], arg(metavar="DIR")],
@@ -265,6 +302,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "fill-mask": fill_mask,
     "embed": embed,
+    "inspect": inspect,
     "convert": convert,
     "bench": bench,
 }

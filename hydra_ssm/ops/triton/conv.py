@@ -190,9 +190,11 @@ def _backward_kernel(
         for s in tl.static_range(UNROLL):
             j = k + s
             at = x + j * stride_l
+            there = j < high
             if IN_PLACE:
                 at = tl.where(j < count, at, after + (j - count) * C)
-            rows = rows + (tl.load(at + c, mask=keep & (j < high), other=0.0),)
+                there &= j < count + 2 * HALF  # the copy ends here, steps go on to a multiple of UNROLL
+            rows = rows + (tl.load(at + c, mask=keep & there, other=0.0),)
             inside = (j - HALF >= low) & (j - HALF < high)
             given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
         for s in tl.static_range(UNROLL):
