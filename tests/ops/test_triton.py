@@ -303,6 +303,18 @@ def test_strong_decay_is_exact(strong) -> None:
     agree(case(length=40, strong=strong))
 
 
+def test_strong_decay_costs_float32_no_digits() -> None:
+    """Sums of logarithms are in the thousands there, and their differences small."""
+    x, dt_f, dt_b, A, *rest = case(length=70, documents=True)
+    dt_f, dt_b = (torch.where(torch.rand_like(dt) < 0.5, dt / 100, dt) for dt in (dt_f, dt_b))
+    args, dy = (x, dt_f, dt_b, 100 * A, *rest), torch.randn_like(x)
+    y, grads = exact(args, dy)
+    assert error(forward(args, plan(64, 2, 0, False)), y) < 2e-7
+    for name, a, b in zip(NAMES, backward(dy, args, plan(64, 2, 0, False)), grads, strict=True):
+        if name not in ("dt_f", "dt_b", "A"):
+            assert error(a, b) < 5e-7, name
+
+
 def test_tokens_after_decay_beyond_all_numbers_keep_their_digits() -> None:
     x, dt_f, dt_b, *rest = case(length=40, strong=1e5)
     dt_f[:, ::3] *= 1e-6

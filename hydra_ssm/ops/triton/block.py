@@ -185,7 +185,7 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     Q = plan(x, B, backward=True).chunk
     chunks = -(-L // Q)
     states = new((2, batch, chunks, H, sizes.state, sizes.headdim) if chunks > 1 else 0)
-    steps = wide(batch, H, chunks * Q, 2) if x.dtype == torch.float32 else new(0)
+    steps = wide(batch, H, chunks * Q, 8) if x.dtype == torch.float32 else new(0)
     decays = wide(batch, H, chunks * Q, 4), steps, wide(batch, H, chunks, 2), wide(batch, H, chunks * Q)
     return new(y), xBC, new(y), wide(batch, L), states, *decays
 

@@ -2,7 +2,8 @@
 
 Four numbers a token and head, side by side: (row_f, row_b, column_f, column_b), all log2. From column token j to row i
 of a chunk the decay exp(a_{j+1} + ... + a_{i-1}) is 2 ** (row_i - column_j). For 16-bit products the step dt_j is part
-of the column (folded); float32 keeps it apart, so that neighbours, whose decay is 1, lose nothing to long sums.
+of the column (folded); float32 keeps it apart, so that neighbours, whose decay is 1, lose nothing to long sums, and
+beside it what rounding took from the sums: where decay is strong they are in the thousands, and their differences small.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ STRONGEST = 152.0  # log2: 2 ** -152 is zero, and a larger one would cost the su
 
 
 @triton.jit
-def load_decays(decays, i):
+def load_decays(decays, i, STRIDE: tl.constexpr = 4):
     """(row_f, row_b, column_f, column_b) of the tokens i, each of the shape of i."""
     Q: tl.constexpr = i.shape[0]
     # One load of 4 Q numbers: split into four, the compiler would repeat them in every warp.
-    four = tl.load(decays + i[:, None] * 4 + tl.arange(0, 4)[None, :])
+    four = tl.load(decays + i[:, None] * STRIDE + tl.arange(0, 4)[None, :])
     f, b = tl.split(tl.reshape(four, [Q, 2, 2]))
     row_f, column_f = tl.split(f)
     row_b, column_b = tl.split(b)
@@ -36,7 +37,24 @@ def load_decays(decays, i):
 @triton.jit
 def load_steps(steps, i):
     """(dt_f, dt_b) of the tokens i."""
-    return tl.split(tl.load(steps + i[:, None] * 2 + tl.arange(0, 2)[None, :]))
+    return tl.split(tl.load(steps + i[:, None] * 8 + tl.arange(0, 2)[None, :]))
+
+
+@triton.jit
+def load_rests(steps, i):
+    """What rounding took from the sums of the tokens i, in the order of load_decays."""
+    return load_decays(steps + 4, i, 8)
+
+
+@triton.jit
+def load_weights(column_f, column_b, total_f, total_b, steps, i, FOLDED: tl.constexpr):
+    """dt 2^(total - column) of both directions: what the tokens i bring to the state that leaves their chunk."""
+    if FOLDED:
+        weight_f = tl.exp2(total_f - column_f)
+        weight_b = tl.exp2(total_b - column_b)
+    else:
+        weight_f, weight_b = tl.split(tl.load(steps + i[:, None] * 8 + (2 + tl.arange(0, 2))[None, :]))
+    return weight_f, weight_b
 
 
 @triton.jit
@@ -66,6 +84,26 @@ def load_rates(A, h, H, RAW: tl.constexpr):
     """A of the heads h, float32; A_log is given where it is RAW."""
     rate = tl.load(A + h, mask=h < H, other=0.0).to(tl.float32)
     return -tl.exp(rate) if RAW else rate
+
+
+@triton.jit
+def _rows(sums, i, DIRECTION: tl.constexpr):
+    """A row's sum stops at its neighbour; the gather keeps it the very number that the neighbour's column has."""
+    Q: tl.constexpr = sums.shape[0]
+    if DIRECTION == 0:
+        neighbour = tl.maximum(i - 1, 0)
+        has = i > 0
+    else:
+        neighbour = tl.minimum(i + 1, Q - 1)
+        has = i < Q - 1
+    return tl.where(has[:, None], tl.gather(sums, tl.broadcast_to(neighbour[:, None], sums.shape), 0), 0.0)
+
+
+@triton.jit
+def _four(a, b, c, d):
+    """(heads, tokens, 4) of four (tokens, heads) in the order (a, c, b, d)."""
+    four = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.permute(tl.reshape(four, [a.shape[0], a.shape[1], 4]), (1, 0, 2))
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
@@ -126,34 +164,42 @@ def _decay_kernel(
     b = tl.where(b < SMALLEST, SMALLEST, b)
     a_f = f * (load_rates(A, h, H, RAW) * LOG2)[None, :]
     a_b = b * (load_rates(A + A_stride, h, H, RAW) * LOG2)[None, :]
-    sum_f = tl.cumsum(tl.where(a_f < -MOST, -MOST, a_f), 0)
-    sum_b = tl.cumsum(tl.where(a_b < -MOST, -MOST, a_b), 0, reverse=True)
-    # A row's sum stops at its neighbour; the gather keeps it the very number that the neighbour's column has.
-    neighbour = tl.broadcast_to(tl.maximum(i - 1, 0)[:, None], (Q, BLOCK_H))
-    row_f = tl.where(i[:, None] > 0, tl.gather(sum_f, neighbour, 0), 0.0)
-    neighbour = tl.broadcast_to(tl.minimum(i + 1, Q - 1)[:, None], (Q, BLOCK_H))
-    row_b = tl.where(i[:, None] < Q - 1, tl.gather(sum_b, neighbour, 0), 0.0)
-    here = head * chunks + chunk
-    last = tl.where((i == Q - 1)[:, None], sum_f, 0.0)
-    tl.store(totals + here * 2, tl.sum(last, 0), mask=h < H)
-    last = tl.where((i == 0)[:, None], sum_b, 0.0)
-    tl.store(totals + here * 2 + 1, tl.sum(last, 0), mask=h < H)
-
+    a_f = tl.where(a_f < -MOST, -MOST, a_f)
+    a_b = tl.where(a_b < -MOST, -MOST, a_b)
     to = head[:, None] * (chunks * Q) + place[None, :]
-    keep = tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q))
+    keep = tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q))[:, :, None]
     if FOLDED:
-        sum_f -= tl.log2(f)
-        sum_b -= tl.log2(b)
+        sum_f = tl.cumsum(a_f, 0)
+        sum_b = tl.cumsum(a_b, 0, reverse=True)
+        total_f = tl.sum(tl.where((i == Q - 1)[:, None], sum_f, 0.0), 0)
+        total_b = tl.sum(tl.where((i == 0)[:, None], sum_b, 0.0), 0)
+        four = _four(_rows(sum_f, i, 0), sum_f - tl.log2(f), _rows(sum_b, i, 1), sum_b - tl.log2(b))
     else:
-        both = tl.permute(tl.join(f, b), (1, 0, 2))
-        tl.store(steps + to[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], both, mask=keep[:, :, None])
-    four = tl.join(tl.join(row_f, sum_f), tl.join(row_b, sum_b))
-    four = tl.permute(tl.reshape(four, [Q, BLOCK_H, 4]), (1, 0, 2))
-    tl.store(decays + to[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], four, mask=keep[:, :, None])
+        exact_f = tl.cumsum(a_f.to(tl.float64), 0)
+        exact_b = tl.cumsum(a_b.to(tl.float64), 0, reverse=True)
+        exact_total_f = tl.sum(tl.where((i == Q - 1)[:, None], exact_f, 0.0), 0)
+        exact_total_b = tl.sum(tl.where((i == 0)[:, None], exact_b, 0.0), 0)
+        total_f = exact_total_f.to(tl.float32)
+        total_b = exact_total_b.to(tl.float32)
+        sum_f = exact_f.to(tl.float32)
+        sum_b = exact_b.to(tl.float32)
+        four = _four(_rows(sum_f, i, 0), sum_f, _rows(sum_b, i, 1), sum_b)
+        rest_f = (exact_f - sum_f.to(tl.float64)).to(tl.float32)
+        rest_b = (exact_b - sum_b.to(tl.float64)).to(tl.float32)
+        rests = _four(_rows(rest_f, i, 0), rest_f, _rows(rest_b, i, 1), rest_b)
+        weight_f = f * tl.exp2((exact_total_f[None, :] - exact_f).to(tl.float32))
+        weight_b = b * tl.exp2((exact_total_b[None, :] - exact_b).to(tl.float32))
+        at = to[:, :, None] * 8 + tl.arange(0, 4)[None, None, :]
+        tl.store(steps + at, _four(f, weight_f, b, weight_b), mask=keep)
+        tl.store(steps + 4 + at, rests, mask=keep)
+    here = head * chunks + chunk
+    tl.store(totals + here * 2, total_f, mask=h < H)
+    tl.store(totals + here * 2 + 1, total_b, mask=h < H)
+    tl.store(decays + to[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], four, mask=keep)
     if HAS_DIAGONAL:
         ds = diagonal + batch * stride_db + place[:, None] * stride_dl + h[None, :] * stride_dh
         d = tl.load(ds, mask=inside, other=0.0).to(tl.float32)
-        tl.store(diagonals + to, tl.trans(d), mask=keep)
+        tl.store(diagonals + to, tl.trans(d), mask=tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q)))
 
 
 @dataclass(frozen=True)
@@ -181,7 +227,7 @@ class Decays:
     """Per chunk of Q tokens, float32: what the kernels read of dt, A and the diagonal."""
 
     sums: Tensor  # (B, H, L', 4), L' = chunks Q: past the end dt is zero
-    steps: Tensor | None  # (B, H, L', 2), None where folded into the columns
+    steps: Tensor | None  # (B, H, L', 8): dt, dt 2^(total - column), the sums' rests; None where folded into columns
     totals: Tensor  # (B, H, chunks, 2) the chunks' whole log2-decays, causal and anticausal
     diagonal: Tensor | None  # (B, H, L')
 
@@ -198,7 +244,7 @@ def chunk_decays(
         return torch.empty(batch, H, *shape, dtype=torch.float32, device=dt_f.device)
 
     sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
-    apart = None if folded else empty(chunks * Q, 2)
+    apart = None if folded else empty(chunks * Q, 8)
     diagonals = None if diagonal is None else empty(chunks * Q)
     block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _decay_kernel[(batch * chunks, triton.cdiv(H, block))](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import Decays, load_decays, load_steps
+from .decay import Decays, load_decays, load_weights
 from .tiles import load_features
 
 
@@ -102,12 +102,8 @@ def _part(
             weight_f = tl.exp2(row_f)
             weight_b = tl.exp2(row_b)
         else:
-            weight_f = tl.exp2(total_f - column_f)
-            weight_b = tl.exp2(total_b - column_b)
-            if not FOLDED:
-                dt_f, dt_b = load_steps(steps + h * (chunks * Q * 2), i)
-                weight_f *= dt_f
-                weight_b *= dt_b
+            at = steps + h * (chunks * Q * 8)
+            weight_f, weight_b = load_weights(column_f, column_b, total_f, total_b, at, i, FOLDED)
         if HAS_IDS:
             weight_f *= allowed_f
             weight_b *= allowed_b
@@ -200,7 +196,7 @@ def _feature_grads_kernel(
     head0 = group * HEADS
     first = batch * G * HEADS + head0
     decays += (first * chunks + chunk) * (Q * 4)
-    steps += (first * chunks + chunk) * (Q * 2)
+    steps += (first * chunks + chunk) * (Q * 8)
     totals += (first * chunks + chunk) * 2
     sums += (first * chunks + chunk) * Q + kind * sums_stride
     products += first * chunks + chunk

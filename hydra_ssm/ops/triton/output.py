@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import Decays, load_decays, load_steps
+from .decay import Decays, load_decays, load_rests, load_steps
 
 
 @triton.jit(do_not_specialize=["L", "chunks"])
@@ -110,7 +110,7 @@ def _output_kernel(
 
     here = (batch * H + head0) * (chunks * Q) + chunk * Q
     decays += here * 4
-    steps += here * 2
+    steps += here * 8
     diagonals += here
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + j[:, None] * stride_xl + p[None, :]
     ys = y + ((batch * L + begin) * H + head0) * P + i[:, None] * (H * P) + p[None, :]
@@ -130,9 +130,14 @@ def _output_kernel(
         if PACKED:
             matrix = tl.where(equal, d.to(dtype), tl.exp2(exponent).to(dtype) * scores)
         else:
+            if not FOLDED:
+                at = steps + h * (chunks * Q * 8)
+                rest_f, rest_b, _, _ = load_rests(at, i)
+                _, _, less_f, less_b = load_rests(at, j)
+                exponent += tl.where(lower, rest_f[:, None] - less_f[None, :], rest_b[:, None] - less_b[None, :])
             weight = tl.exp2(exponent)
             if not FOLDED:
-                dt_f, dt_b = load_steps(steps + h * (chunks * Q * 2), j)
+                dt_f, dt_b = load_steps(at, j)
                 weight *= tl.where(lower, dt_f[None, :], dt_b[None, :])
             matrix = tl.where(equal, d, weight * scores).to(dtype)
         out = tl.dot(matrix, values, input_precision=PRECISION)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import Decays, load_decays, load_steps
+from .decay import Decays, load_decays, load_weights
 from .tiles import load_borders, load_features
 
 
@@ -29,10 +29,8 @@ def _weights(decays, steps, total, i, DIRECTION: tl.constexpr, ADJOINT: tl.const
     if ADJOINT:
         w = tl.exp2(row_f if DIRECTION == 0 else row_b)
     else:
-        w = tl.exp2(total - (column_f if DIRECTION == 0 else column_b))
-        if not FOLDED:
-            dt_f, dt_b = load_steps(steps, i)
-            w *= dt_f if DIRECTION == 0 else dt_b
+        w_f, w_b = load_weights(column_f, column_b, total, total, steps, i, FOLDED)
+        w = w_f if DIRECTION == 0 else w_b
     return w
 
 
@@ -87,7 +85,7 @@ def _walk(
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
         us = load_features(u, i, begin, limit, chunk, stride_ul, n, DIRECTION, ADJOINT)
         total = tl.load(totals + chunk * 2 + DIRECTION)
-        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total, i, DIRECTION, ADJOINT, FOLDED)
+        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total, i, DIRECTION, ADJOINT, FOLDED)
         g = tl.exp2(total)
         if HAS_IDS:
             before, last = load_borders(ids + begin, limit, chunk, DIRECTION, Q)
@@ -144,7 +142,7 @@ def _states_kernel(
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
-    steps += (batch * H + head) * (chunks * Q * 2)
+    steps += (batch * H + head) * (chunks * Q * 8)
     totals += (batch * H + head) * (chunks * 2)
     ids += batch * L
     slot = direction * (tl.num_programs(0) // (2 * H)) + batch  # (direction, batch) as one number
@@ -211,7 +209,7 @@ def _stretch_kernel(
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
-    steps += (batch * H + head) * (chunks * Q * 2)
+    steps += (batch * H + head) * (chunks * Q * 8)
     totals += (batch * H + head) * (chunks * 2)
     ids += batch * L
     u_f += batch * stride_fb + group * stride_fg
@@ -239,9 +237,9 @@ def _stretch_kernel(
         us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, 1 - A, ADJOINT)
         total_left = tl.load(totals + chunk * 2 + A)
         total_right = tl.load(totals + chunk * 2 + 1 - A)
-        w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total_left, i, A, ADJOINT, FOLDED)
+        w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_left, i, A, ADJOINT, FOLDED)
         w_left *= tl.exp2(run)
-        w_right = _weights(decays + chunk * Q * 4, steps + chunk * Q * 2, total_right, i, 1 - A, ADJOINT, FOLDED)
+        w_right = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_right, i, 1 - A, ADJOINT, FOLDED)
         g = tl.exp2(total_right)
         if HAS_IDS:
             before, last = load_borders(ids + begin, limit, chunk, 1 - A, Q)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decay import Decays, load_decays, load_steps
+from .decay import Decays, load_decays, load_rests, load_steps, load_weights
 from .feature_grads import StateGrads
 
 
@@ -171,7 +171,7 @@ def _value_grads_kernel(
     first = batch * G * HEADS + head0
     here = (first * chunks + chunk) * Q
     decays += here * 4
-    steps += here * 2
+    steps += here * 8
     diagonals += here
     ddiagonals += here
     row_sums += here * 2
@@ -191,9 +191,13 @@ def _value_grads_kernel(
         values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
         dys = tl.load(ys + h * stride_yh, mask=inside, other=0.0)
         dmatrix = tl.dot(values, tl.trans(dys), input_precision=PRECISION)
-        weight = tl.exp2(tl.where(lower, row_f[None, :] - column_f[:, None], row_b[None, :] - column_b[:, None]))
+        exponent = tl.where(lower, row_f[None, :] - column_f[:, None], row_b[None, :] - column_b[:, None])
         if not FOLDED:
-            dt_f, dt_b = load_steps(steps + at * 2, j)
+            rest_f, rest_b, less_f, less_b = load_rests(steps + at * 8, j)
+            exponent += tl.where(lower, rest_f[None, :] - less_f[:, None], rest_b[None, :] - less_b[:, None])
+        weight = tl.exp2(exponent)
+        if not FOLDED:
+            dt_f, dt_b = load_steps(steps + at * 8, j)
             weight *= tl.where(lower, dt_f[:, None], dt_b[:, None])
         # On the diagonal the weight is no decay and may be infinite: what it spoils there is replaced.
         matrix, K = _entries(weight, scores, dmatrix, PACKED)
@@ -219,7 +223,12 @@ def _value_grads_kernel(
             dys = tl.load(other_ys + h * stride_yh, mask=(o < limit)[:, None], other=0.0)
             dmatrix = tl.dot(values, tl.trans(dys), input_precision=PRECISION)
             row = tl.where(part == 0, far_f, far_b)
-            weight = tl.exp2(row[None, :] - tl.where(part == 0, column_f, column_b)[:, None])
+            exponent = row[None, :] - tl.where(part == 0, column_f, column_b)[:, None]
+            if not FOLDED:
+                rest_f, rest_b, _, _ = load_rests(steps + at * 8, o)
+                rest = tl.where(part == 0, rest_f, rest_b)
+                exponent += rest[None, :] - tl.where(part == 0, less_f, less_b)[:, None]
+            weight = tl.exp2(exponent)
             if not FOLDED:
                 weight *= tl.where(part == 0, dt_f, dt_b)[:, None]
             matrix, K = _entries(weight, across, dmatrix, PACKED)
@@ -231,11 +240,9 @@ def _value_grads_kernel(
             out = tl.dot(matrix.to(dtype), dys, out, input_precision=PRECISION)
         tl.store(column_sums + to, tl.join(column_sum_f, column_sum_b))
         if HAS_STATES:
-            to_f = tl.exp2(tl.load(totals + h * chunks * 2) - column_f)
-            to_b = tl.exp2(tl.load(totals + h * chunks * 2 + 1) - column_b)
-            if not FOLDED:
-                to_f *= dt_f
-                to_b *= dt_b
+            total_f = tl.load(totals + h * chunks * 2)
+            total_b = tl.load(totals + h * chunks * 2 + 1)
+            to_f, to_b = load_weights(column_f, column_b, total_f, total_b, steps + at * 8, j, FOLDED)
             if HAS_IDS:
                 to_f *= to_right
                 to_b *= to_left
