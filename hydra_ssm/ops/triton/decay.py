@@ -3,7 +3,7 @@
 Four numbers a token and head, side by side: (row_f, row_b, column_f, column_b), all log2. From column token j to row i
 of a chunk the decay exp(a_{j+1} + ... + a_{i-1}) is 2 ** (row_i - column_j). For 16-bit products the step dt_j is part
 of the column (folded); float32 keeps it apart, so that neighbours, whose decay is 1, lose nothing to long sums, and
-beside it what rounding took from the sums: where decay is strong they are in the thousands, and their differences small.
+beside it what rounding took from the sums: strong decays add up to thousands, which differ little.
 """
 
 from __future__ import annotations
