@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from .._extras import require
@@ -27,15 +28,17 @@ LETTER = 10  # pixels that a line of a token's text needs
 MOST_FOR_TEXT = 400  # pixels that a side grows to, so that each token has its text
 LONGEST = 14  # letters of a token that are shown
 TITLE, GAP = 18, 14
-MOST = 40_000_000  # pixels of a picture
+MOST = 10_000_000  # pixels of a picture
 
 
 def colour_limit(M: Tensor) -> float:
     """The |entry| of M (n, n) at which colours end, above 0."""
     size = M.detach().float().abs()
     off = size - size.diagonal().diag()
-    found = off[off > 0].sort().values
-    return float(found[int(SHOWN * (len(found) - 1))] if len(found) else size.max()) or 1.0
+    found = off[off > 0]
+    if not len(found):
+        return float(size.max()) or 1.0
+    return float(found.kthvalue(1 + int(SHOWN * (len(found) - 1))).values)
 
 
 def draw(mixings: Sequence[Mixing], tokens: Sequence[str]) -> Figure:
@@ -75,10 +78,16 @@ def draw(mixings: Sequence[Mixing], tokens: Sequence[str]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG that says where it comes from."""
+    """Write a PNG of 256 colours that says where it comes from."""
+    agg, images = require("matplotlib.backends.backend_agg", "train"), require("PIL.Image", "train")
+    canvas = agg.FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": SOFTWARE})
+        canvas.draw()
+    image = images.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    origin = require("PIL.PngImagePlugin", "train").PngInfo()
+    origin.add_text("Software", SOFTWARE)
+    image.quantize(256, dither=images.Dither.NONE).save(path, format="png", pnginfo=origin)
 
 
 def _sizes(n: int, rows: int, columns: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from .ranks import Ranks, promise, ranks
 
 MOST = 1024  # tokens
 OVERVIEW = 12, 8  # layers and heads of the picture, where none are chosen
-EFFORT = 3e9  # cubed tokens of matrices whose ranks are found: some seconds
+EFFORT = 1e9  # cubed tokens of matrices whose ranks are found: some seconds
 PNG, HTML = "matrices.png", "matrices.html"
 
 
