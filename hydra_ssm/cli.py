@@ -25,6 +25,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   inspect      draw the matrices that a model mixes a sentence with
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention
+  ablate       compare the matrix classes: train a model of each, alike in all else
 
 examples:
 
@@ -34,6 +35,7 @@ examples:
   hydra-ssm embed runs/mine notes/today.md              a vector for each paragraph
   hydra-ssm inspect runs/mine "A sentence."             which tokens each token reads: a picture and a page
   hydra-ssm bench --plot speed.png                      checked, then timed: a table and a picture
+  hydra-ssm ablate --small                              which matrices learn best: a table and a picture
 
 HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 """

@@ -18,6 +18,10 @@ def _by_preset(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
 
 
+def _by_size(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="(default: by size)")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of a run; those that are not given follow the preset."""
@@ -294,6 +298,97 @@ def bench(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class AblationSettings:
+    """Settings of all runs of an ablation; those that are not given follow its size."""
+
+    held_out: Annotated[tuple[str, ...] | None, arg(metavar="SOURCE ...", help_behavior_hint="(default: a part)")] = (
+        None
+    )
+    """Files, folders or data sets to evaluate on."""
+    tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None
+    """A folder with a tokenizer, or a vocab.txt."""
+    vocab_size: Annotated[int | None, _by_size("N")] = None
+    """Most tokens of a trained tokenizer."""
+    layers: Annotated[int | None, _by_size("N")] = None
+    """Of each model."""
+    d_model: Annotated[int | None, _by_size("N")] = None
+    """Width of each model."""
+    headdim: Annotated[int | None, _by_size("N")] = None
+    """Width of a head, by which the width within a layer grows until the parameters are equal."""
+    d_state: Annotated[int | None, _by_size("N")] = None
+    """State size, rank, features of a query and a key: N of every class."""
+    length: Annotated[int | None, _by_size("N")] = None
+    """Tokens of every row of text."""
+    batch_size: Annotated[int | None, _by_size("N")] = None
+    """Rows in a step."""
+    accumulate: Annotated[int | None, _by_size("N")] = None
+    """Parts that a step is computed in, to save memory."""
+    steps: Annotated[int | None, _by_size("N")] = None
+    """Steps of each run."""
+    learning_rate: Annotated[float | None, _by_size("X")] = None
+    """The highest, reached after a warm-up of 6 %."""
+    mask_rate: Annotated[float | None, _by_size("X")] = None
+    """Share of the tokens that are hidden in training; evaluation hides 0.15."""
+    clip: Annotated[float | None, _by_size("X")] = None
+    """Largest norm of the gradients, 0 for any."""
+    held_out_rows: Annotated[int | None, _by_size("N")] = None
+    """Most rows that are evaluated on."""
+    save_after: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 60)")] = None
+    """Seconds between checkpoints."""
+
+
+def ablate(
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE ...]", help_behavior_hint="")] = (),
+    /,
+    *,
+    small: bool = False,
+    paper: bool = False,
+    unmatched: bool = False,
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="(default: 0 1 2, small 0 1)")] = (),
+    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1, on a CPU its cores)")] = None,
+    limit: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/ablation-SIZE)")] = None,
+    settings: Annotated[AblationSettings, arg(name="")] = AblationSettings(),
+) -> None:
+    """Compare the matrix classes: train one masked language model of each, alike in all else.
+
+    Every class in its data-dependent and its fixed form, and the ways of reading in both directions, with equal
+    parameters, states, tokens, seeds and schedule. Shows held-out loss, masked accuracy, parameters and time of a step,
+    each with its spread over the seeds, and leaves ablation.json (all curves), ablation.csv and ablation.png in --out.
+    The same command again goes on with what is there, whatever stopped it, and adds rows and seeds.
+
+    In use:
+        hydra-ssm ablate --small
+        hydra-ssm ablate books/ --rows table3 --seeds 0 1 2 --out runs/table3
+        hydra-ssm ablate books/ --jobs 4 --limit 500
+
+    Args:
+        sources: Text files, folders, data sets as for pretrain, or the folder data/ of another ablation. None: the
+            language reference that Python carries.
+        small: Tiny models on a small text: some minutes on 2 cores.
+        paper: The paper's: 12 layers, 70M parameters, 24,000 steps of 4096 x 128 tokens.
+        unmatched: The released comparison's sizes: neither states nor parameters are equal.
+        rows: Names of rows (attention, dense-fixed, ...), or table2, table3, table10.
+        seeds: Of the weights, the order of the rows and the masks.
+        jobs: Runs at once.
+        limit: Stop after so many seconds, to go on later. 0 prepares the data and trains nothing.
+        out: The folder of the runs and of what they found.
+    """
+    for package in ("accelerate", "matplotlib"):  # missing at the start, not at the end
+        require(package, extra="train")
+    from .ablation import ablate as start
+    from .errors import UserError
+
+    if small and paper:
+        raise UserError("--small and --paper are two sizes: give one of them, or none for the one between")
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    given |= {"unmatched": True} if unmatched else {}
+    size = "small" if small else "paper" if paper else None
+    start(sources, out, size=size, rows=rows, seeds=seeds, jobs=jobs, limit=limit, **given)
+
+
 def _shortened(text: str) -> str:
     return textwrap.shorten(text, 100, placeholder=" ...")
 
@@ -305,4 +400,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "convert": convert,
     "bench": bench,
+    "ablate": ablate,
 }

@@ -1,0 +1,190 @@
+"""From what is asked for to its files: what `hydra-ssm ablate` does."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...text.messages import quiet
+from ..checkpoints import UNFINISHED
+from ..errors import UserError
+from . import data as store
+from .jobs import run_all
+from .models import choose, config
+from .plan import NAME, SEEDS, SIZES, Plan
+from .report import collect, draw, table, write_csv, write_json
+from .run import DATA, RUNS, Key, Say
+
+REPORT = "ablation"  # begins the names of its files
+USUAL = "medium"  # size
+LOCK = ".lock"
+MOST_JOBS = 8  # on a CPU, where nobody says how many
+
+
+class Interrupted(Exception):
+    """A signal stopped the runs; what they had is kept."""
+
+    def __init__(self, number: int, out: Path) -> None:
+        super().__init__(f"stopped and saved in {out}; the same command goes on")
+        self.exit_code = 128 + number
+
+
+def ablate(
+    data: str | Path | Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    *,
+    size: str | None = None,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int | None = None,
+    limit: float | None = None,
+    say: Say = print,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `hydra-ssm ablate` does, for a machine where what parses its options is missing. Returns what JSON has.
+
+    python -c "from hydra_ssm.train.ablation import ablate; ablate('books/', 'runs/books', limit=500, jobs=4)"
+
+    What has begun in `out` goes on, with the plan that it has. Needs torch, einops, NumPy, transformers, tokenizers,
+    accelerate and safetensors; for the picture matplotlib.
+
+    Args:
+        data: text files, folders, data set names, or the folder data/ of another ablation; none for Python's language
+            reference.
+        out: a folder that is new, empty or holds an ablation; None for runs/ablation-SIZE, -unmatched after it if so.
+        size: small, medium or paper; None for what is in `out`, else medium.
+        rows: names of rows or of the paper's tables (table2, table3, table10); none for all.
+        seeds: none for 0 and 1 if small, else 0, 1 and 2.
+        jobs: runs at once; None for one on a GPU, and on a CPU as many as it has cores, but 8 at most.
+        limit: seconds after which the runs stop, to be gone on with by the same call. 0 prepares the data alone.
+        settings: fields of `Plan`.
+
+    Raises:
+        UserError: what the user can repair.
+        Interrupted: SIGINT or SIGTERM came; what the runs had is kept.
+    """
+    started = time.time()
+    if (jobs is not None and jobs < 1) or (limit is not None and not limit >= 0):
+        raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
+    given = _given(data, settings)
+    chosen = choose(rows)
+    default = f"ablation-{size or USUAL}{'-unmatched' if given.get('unmatched') else ''}"
+    folder = Path("runs") / default if out is None else Path(out)
+    with _alone(folder):
+        plan = _plan(folder, size, given, chosen, say)
+        keys = [Key(row, seed) for seed in seeds or SEEDS.get(plan.size, (0, 1, 2)) for row in chosen]
+        for key in keys:
+            plan.recipe(key.seed)  # a seed out of its range is told before the first run
+        deadline = float("inf") if limit is None else started + limit
+        received = run_all(folder, keys, jobs or _usual_jobs(), deadline, say)
+        report = collect(folder, list(dict.fromkeys([*keys, *_kept(folder)])), _command(plan, folder))
+        say(table(report))
+        _write(report, folder, say)
+    if received is not None:
+        raise Interrupted(received, folder)
+    return report
+
+
+def _given(data: str | Path | Sequence[str | Path], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that somebody has given, texts by their names."""
+    sources = [data] if isinstance(data, str | Path) else data
+    given = {**settings, **({"sources": sources} if sources else {})}
+    return given | {name: tuple(map(str, given[name])) for name in ("sources", "held_out") if name in given}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in the folder; a mistake leaves none behind that was not there. Raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} must be a folder, it is a file")
+    lock = folder / LOCK
+    foreign = [path.name for path in folder.iterdir() if not _is_ours(path)] if folder.is_dir() else []
+    if foreign and not (folder / NAME).is_file():
+        raise UserError(f"{folder} must be new, empty or hold an ablation, it holds {min(foreign)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another ablation is at work in {folder}: choose another --out, or wait") from None
+            yield
+    finally:
+        if not any(path != lock for path in folder.iterdir()):
+            shutil.rmtree(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an ablation that was killed while it began may have left it."""
+    return path.name == LOCK or path.name.startswith(UNFINISHED) or (path.name == DATA and store.is_prepared(str(path)))
+
+
+def _plan(folder: Path, size: str | None, given: dict[str, Any], chosen: Sequence[str], say: Say) -> Plan:
+    """The plan of the folder, or a new one whose data is made."""
+    if (folder / NAME).is_file():
+        plan = Plan.read(folder)
+        plan.check(given | ({"size": size} if size else {}), folder)
+        store.check_whole(folder / DATA)
+        say(f"going on in {folder}, with the settings that it has")
+    else:
+        plan = Plan.of(size or USUAL, given)
+        for row in chosen:
+            config(plan, row, plan.vocab_size)  # what cannot be matched is told before the text is read
+        with quiet():
+            store.write(plan.recipe(0), plan.held_out_rows, folder / DATA)
+        plan.write(folder)
+    facts = store.Data(folder / DATA).facts
+    say(
+        f"{plan.setting}; {facts['train_rows']:,} rows of {facts['length']} tokens to train on, "
+        f"{facts['held_out_rows']:,} held out, {facts['vocabulary']:,} different tokens"
+    )
+    return plan
+
+
+def _usual_jobs() -> int:
+    return 1 if torch.cuda.is_available() else min(MOST_JOBS, len(os.sched_getaffinity(0)))
+
+
+def _kept(folder: Path) -> list[Key]:
+    """The runs that are finished already, chosen or not."""
+    files = sorted((folder / RUNS).glob("*.json"))
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [Key(record["row"], record["seed"]) for record in records]
+
+
+def _command(plan: Plan, folder: Path) -> str:
+    """That begins this ablation again."""
+    usual = SIZES[plan.size]
+    words = ["hydra-ssm", "ablate", *plan.sources]
+    words += [] if plan.size == USUAL else [f"--{plan.size}"]
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if field.name in ("size", "sources") or value == usual.get(field.name, field.default):
+            continue
+        values = value if isinstance(value, tuple) else () if value is True else (value,)
+        words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+    return shlex.join([*words, "--out", str(folder)])
+
+
+def _write(report: dict[str, Any], folder: Path, say: Say) -> None:
+    files = {".json": write_json, ".csv": write_csv}
+    if importlib.util.find_spec("matplotlib") is None:
+        say("no picture: matplotlib is not installed; the same command draws it where it is")
+    elif report["runs"]:
+        files[".png"] = draw
+    paths = [folder / f"{REPORT}{ending}" for ending in files]
+    for path, write in zip(paths, files.values(), strict=True):
+        write(report, path)
+    say(f"wrote {', '.join(map(str, paths))}")

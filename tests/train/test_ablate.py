@@ -1,0 +1,474 @@
+"""`hydra-ssm ablate`: rows that differ in their matrix alone, and results that no interruption changes."""
+
+import csv
+import fcntl
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_text import sentences
+from torch.nn import functional as F
+
+from hydra_ssm import MATRICES
+from hydra_ssm.cli import main
+from hydra_ssm.mixer import MatrixMixer
+from hydra_ssm.text import preset
+from hydra_ssm.train.ablation import GROUPS, SIZES, Interrupted, Plan, ablate, all_rows
+from hydra_ssm.train.ablation import run as runs
+from hydra_ssm.train.ablation.data import Data, FullRowsCollator
+from hydra_ssm.train.ablation.jobs import stopping
+from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, parameters, state
+from hydra_ssm.train.ablation.run import Key, Until
+from hydra_ssm.train.errors import UserError
+
+TINY = {
+    "layers": 1, "d_model": 16, "headdim": 2, "d_state": 4, "length": 16, "vocab_size": 60, "batch_size": 4,
+    "steps": 20, "held_out_rows": 8, "learning_rate": 1e-2,
+}  # fmt: skip
+ONE = {"size": "small", "rows": ["toeplitz"], "seeds": [0], "jobs": 1}
+ROWS = ("toeplitz", "quasiseparable", "dense-fixed")
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(25):
+        (folder / f"{number:02}.txt").write_text(sentences(30, seed=number), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, list[str]]:
+    """The folder, what JSON has and what was said of an ablation that nothing interrupted."""
+    out, said = tmp_path_factory.mktemp("ablation") / "out", []
+    report = ablate(text, out, size="small", rows=ROWS, seeds=(0, 1), jobs=1, say=said.append, **TINY)
+    return out, report, said
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """Records by their file, without what a clock says."""
+    found = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (folder / "runs").glob("*.json")}
+    for record in found.values():
+        del record["seconds_a_step"], record["at_once"]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ what is equal
+
+
+def test_every_form_of_every_class_of_the_registry_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(MATRICES["toeplitz"]):
+        pass
+
+    monkeypatch.setitem(MATRICES, "mine", Mine)
+    rows = choose(())
+    expected = {n for n, m in MATRICES.items() if m.data_dependent} | {
+        f"{n}-fixed" for n, m in MATRICES.items() if m.fixed
+    }
+    assert set(rows) == expected >= {"mine", "mine-fixed", "dense-fixed", "attention", "attention-fixed"}
+    assert len(rows) == len(expected)
+    assert {"semiseparable", "add", "mult", "concat", "add_diagonal", "add_shift", "quasiseparable"} <= set(rows)
+    assert "dense" not in rows  # it has the fixed form alone
+
+
+def test_the_rows_of_the_papers_tables_go_by_their_numbers() -> None:
+    assert all(set(rows) <= set(all_rows()) for rows in GROUPS.values())
+    assert choose(["table10", "add", "dft-fixed"]) == [
+        "add",
+        "add_diagonal",
+        "add_shift",
+        "quasiseparable",
+        "dft-fixed",
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_rows_have_equal_parameters_states_depth_and_width(size: str) -> None:
+    plan = Plan.of(size, {})
+    equal = parameters(config(plan, "quasiseparable", plan.vocab_size))
+    bar = {"small": TOLERANCE, "medium": 0.005, "paper": 0.002}[size]
+    assert bar <= 0.02
+    for row in all_rows():
+        found = config(plan, row, plan.vocab_size)
+        assert abs(parameters(found) - equal) <= bar * equal, row
+        assert (found.num_hidden_layers, found.hidden_size) == (plan.layers, plan.d_model)
+        matrix, computed = row.removesuffix("-fixed"), not row.endswith("-fixed")
+        assert max(heads(plan, row)) - min(heads(plan, row)) <= (2 if matrix == "concat" else 1)
+        for spec, number in zip(found.layer_mixers, heads(plan, row), strict=True):
+            with torch.device("meta"):
+                mixer = MatrixMixer(plan.d_model, **{**found.mixer_options, **spec})
+            assert mixer.settings.nheads == number
+            assert mixer.settings.d_state == plan.d_state == state(plan, row)
+            assert mixer.settings.max_length == plan.length
+            assert (mixer.matrix_class, mixer.data_dependent) == (MATRICES[matrix], computed)
+
+
+def test_the_paper_size_has_the_papers_70_million_parameters() -> None:
+    plan = Plan.of("paper", {})
+    assert (plan.layers, plan.length, plan.batch_size, plan.steps) == (12, 128, 4096, 24_000)
+    assert abs(parameters(config(plan, "quasiseparable", 30522)) - 70e6) < 0.5e6
+
+
+def test_the_released_setting_is_that_of_the_presets() -> None:
+    plan = Plan.of("paper", {"unmatched": True})
+    for row in all_rows():
+        name = row.replace("-fixed", "") + "-12" + "-fixed" * row.endswith("-fixed")
+        assert parameters(config(plan, row, 30528)) == parameters(preset(name)), row
+        assert state(plan, row) == preset(name).d_state
+    assert (state(plan, "attention"), state(plan, "quasiseparable_shared")) == (16, 192)
+    assert state(replace(plan, headdim=32), "attention") == 8
+    assert "NOT matched" in plan.setting
+
+
+def test_one_seed_means_the_same_batches_and_masks_for_every_row(
+    done: tuple[Path, dict, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+    collate = FullRowsCollator.__call__
+
+    def record(self: FullRowsCollator, rows: list) -> dict[str, torch.Tensor]:
+        batch = collate(self, rows)
+        seen.append(torch.cat([batch["input_ids"], batch["labels"]]))
+        return batch
+
+    monkeypatch.setattr(FullRowsCollator, "__call__", record)
+    batches = []
+    for row, seed in (("toeplitz", 0), ("dft-fixed", 0), ("toeplitz", 1)):
+        ablate(
+            done[0] / "data",
+            tmp_path / f"{row}{seed}",
+            size="small",
+            rows=[row],
+            seeds=[seed],
+            jobs=1,
+            say=quiet,
+            **TINY,
+        )
+        batches.append(torch.stack([t for t in seen if t.shape[0] == 2 * TINY["batch_size"]]))
+        seen.clear()
+    assert batches[0].shape[0] >= TINY["steps"]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+# -------------------------------------------------------------------------------------------------- what is reported
+
+
+def test_the_table_says_what_json_says(done: tuple[Path, dict, list[str]]) -> None:
+    out, report, said = done
+    kept = json.loads((out / "ablation.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert kept == json.loads(json.dumps(report))
+    lines = next(part for part in said if "held-out loss  " in part).splitlines()
+    assert lines[0] == kept["setting"] == "matched: state 4 in every class, equal parameters"
+    for row in kept["rows"]:
+        line = next(line for line in lines if line.startswith(row["row"] + " "))
+        own = [run for run in kept["runs"] if run["row"] == row["row"]]
+        figures = [float(number.replace(",", "")) for number in re.findall(r"[\d,.]+", line.removeprefix(row["row"]))]
+        expected = [row["state"]] * (row["state"] is not None) + [own[0]["parameters"]]
+        for name, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1), ("seconds_a_step", 1000, 1)):
+            values = [run[name] for run in own]
+            assert row[name] == {
+                "mean": pytest.approx(np.mean(values), rel=1e-12),
+                "spread": pytest.approx(np.std(values, ddof=1), rel=1e-9),
+            }
+            expected += [round(scale * row[name]["mean"], digits), round(scale * row[name]["spread"], digits)]
+        assert figures == [*expected, len(own)]
+    losses = [row["loss"]["mean"] for row in kept["rows"]]
+    assert losses == sorted(losses)
+    assert {row["row"]: row["state"] for row in kept["rows"]} == {
+        "toeplitz": None,
+        "quasiseparable": 4,
+        "dense-fixed": None,
+    }
+
+
+def test_a_record_has_the_whole_curves(done: tuple[Path, dict, list[str]]) -> None:
+    for run in done[1]["runs"]:
+        assert run["training"]["step"] == [*range(1, 21)]
+        assert run["held_out"]["step"] == [*range(2, 21, 2)]
+        for curve in (run["training"], run["held_out"]):
+            assert len(curve["loss"]) == len(curve["accuracy"]) == len(curve["step"])
+            assert all(map(math.isfinite, curve["loss"]))
+        assert (run["loss"], run["accuracy"]) == (run["held_out"]["loss"][-1], run["held_out"]["accuracy"][-1])
+        assert run["held_out"]["loss"][-1] < run["held_out"]["loss"][0]  # it learns
+        assert 0 < run["seconds_a_step"] < 5
+
+
+def test_csv_has_a_line_a_run_and_the_picture_is_drawn(done: tuple[Path, dict, list[str]]) -> None:
+    out, report, said = done
+    with (out / "ablation.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(report["runs"]) == len(ROWS) * 2
+    for line, run in zip(lines, report["runs"], strict=True):
+        assert line["setting"] == report["setting"]
+        assert (line["row"], int(line["seed"]), int(line["parameters"])) == (run["row"], run["seed"], run["parameters"])
+        assert [float(line[name]) for name in ("loss", "accuracy", "seconds_a_step")] == [
+            run[name] for name in ("loss", "accuracy", "seconds_a_step")
+        ]
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {out}/ablation.json, {out}/ablation.csv, {out}/ablation.png" in said
+
+
+def test_the_loss_is_that_of_the_hidden_tokens_in_float64(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    plan, data = Plan.read(done[0]), Data(done[0] / "data")
+    trainer = runs._trainer(plan, data, Key("quasiseparable", 0), tmp_path, Until(Never(), math.inf), quiet)
+    found = trainer.score()
+    model = trainer.net.double().eval()
+    rows = [trainer.held_out_rows[i] for i in range(len(trainer.held_out_rows))]
+    batch = trainer.held_out_collator(rows)
+    assert batch["input_ids"].shape == (len(data.held_out), plan.length)
+    chosen = batch["labels"] != -100
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits[chosen]
+    target = batch["labels"][chosen]
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, target)), rel=1e-5)
+    assert found.accuracy == float((logits.argmax(-1) == target).double().mean())
+    assert found.tokens == len(target) == data.baseline.tokens
+
+
+class Never:
+    """Nobody asks to stop."""
+
+    def is_set(self) -> bool:
+        return False
+
+    def set(self) -> None:
+        raise AssertionError
+
+
+class After(Never):
+    """Somebody asks when it has been looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+# ------------------------------------------------------------------------------------------------- what may interrupt
+
+
+BARE = """
+import sys
+for name in ("tyro", "rich", "datasets", "tensorboard", "matplotlib", "sklearn", "scipy", "pandas"):
+    sys.modules[name] = None  # as on a machine that has torch, transformers, accelerate and what they need
+from hydra_ssm.train.ablation import ablate
+data, out, rows, settings = sys.argv[1:]
+ablate(data, out, size="small", rows=rows.split(), seeds=[0], jobs=2, save_after=0, **eval(settings))
+"""
+
+
+def children(process: subprocess.Popen[str]) -> set[int]:
+    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return set(map(int, tasks.read_text(encoding="utf-8").split()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see the processes of a process")
+def test_runs_that_are_killed_with_all_their_processes_end_as_if_nothing_had_happened(
+    done: tuple[Path, dict, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", BARE, done[0] / "data", out, "toeplitz quasiseparable", repr(TINY)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kept = [out / "runs" / f"{row}-seed-0" for row in ("toeplitz", "quasiseparable")]
+    end = time.monotonic() + 60
+    while not any(list(folder.glob("checkpoint-[3-9]")) for folder in kept):
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    others = children(process)
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in others):
+        assert time.monotonic() < end, "its processes live on"
+        time.sleep(0.01)
+    assert len(results(out)) < 2
+    said: list[str] = []
+    report = ablate(out=out, rows=("toeplitz", "quasiseparable"), seeds=[0], jobs=1, say=said.append)
+    assert not report["unfinished"]
+    assert f"going on in {out}" in said[0]
+    expected = results(done[0])
+    assert results(out) == {name: expected[name] for name in ("toeplitz-seed-0.json", "quasiseparable-seed-0.json")}
+
+
+def test_a_run_that_stops_and_goes_on_is_the_same_run(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    out, key = tmp_path / "out", Key("toeplitz", 0)
+    report = ablate(done[0] / "data", out, size="small", rows=["toeplitz"], seeds=[0], limit=0, say=quiet, **TINY)
+    assert report["runs"] == []
+    assert report["unfinished"] == [{"row": "toeplitz", "seed": 0, "steps_kept": 0}]
+    for steps in (7, 16):
+        looks = steps + 1 - runs.steps_done(out, key)  # before the first step, and after each
+        assert runs.train(out, key, Until(After(looks - 1), math.inf), 1, quiet) is None
+        assert runs.steps_done(out, key) == steps
+    said: list[str] = []
+    report = ablate(out=out, rows=["toeplitz"], seeds=[0], limit=0, say=said.append)
+    assert "0 of 1 runs are finished (toeplitz, seed 0, at step 16): the same command goes on" in said[-2]
+    ablate(out=out, rows=["toeplitz"], seeds=[0], jobs=1, say=quiet)
+    assert results(out) == {"toeplitz-seed-0.json": results(done[0])["toeplitz-seed-0.json"]}
+    assert not key.folder(out).exists()  # its checkpoints have served
+
+
+def test_what_is_finished_is_kept_and_rows_and_seeds_can_be_added(
+    done: tuple[Path, dict, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ablate(done[0] / "data", out, size="small", rows=["toeplitz"], seeds=[1], jobs=1, say=quiet, **TINY)
+    file = Key("toeplitz", 1).file(out)
+    before = file.stat().st_mtime_ns
+    report = ablate(out=out, rows=["dense-fixed"], seeds=[0], jobs=1, say=quiet)
+    assert file.stat().st_mtime_ns == before
+    assert [(run["row"], run["seed"]) for run in report["runs"]] == [("dense-fixed", 0), ("toeplitz", 1)]
+    assert {row["row"]: row["loss"]["spread"] for row in report["rows"]} == {"toeplitz": None, "dense-fixed": None}
+    expected = results(done[0])
+    assert results(out) == {name: expected[name] for name in ("toeplitz-seed-1.json", "dense-fixed-seed-0.json")}
+
+
+def test_a_signal_stops_between_runs_and_is_the_exit_code(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def interrupt(text: str) -> None:
+        said.append(text)
+        if "seed 0: held-out" in text:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="the same command goes on") as end:
+        ablate(done[0] / "data", tmp_path, size="small", rows=ROWS, seeds=[0], jobs=1, say=interrupt, **TINY)
+    assert end.value.exit_code == 128 + signal.SIGTERM
+    assert "1 of 3 runs are finished" in "\n".join(said)
+    assert len(results(tmp_path)) == 1
+    handler = signal.getsignal(signal.SIGTERM)
+    with stopping(Never()):
+        assert signal.getsignal(signal.SIGTERM) is not handler
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_row_that_diverges_is_told_and_holds_up_no_other(text: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    wild = {**TINY, "learning_rate": 1e9, "clip": 0.0}
+    report = ablate(
+        text, tmp_path, size="small", rows=["toeplitz", "dft-fixed"], seeds=[0], jobs=1, say=said.append, **wild
+    )
+    assert [row["diverged"] for row in report["rows"]] == [[0], [0]]
+    assert report["rows"][0]["loss"] == {"mean": None, "spread": None}
+    assert any(re.search(r"toeplitz, seed 0: diverged by step \d+, its .* \(1 of 2\)", line) for line in said)
+    assert json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+def test_text_becomes_full_rows_once(text: Path, done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    data = Data(done[0] / "data")
+    assert data.train.tokens.dtype == np.uint16
+    assert data.train.tokens.shape[1] == data.held_out.tokens.shape[1] == TINY["length"]
+    assert len(data.held_out) == TINY["held_out_rows"]
+    cls, sep = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+    for rows in (data.train, data.held_out):
+        assert (rows.tokens[:, 0] == cls).all()
+        assert (rows.tokens[:, -1] == sep).all()
+        assert ((rows.tokens[:, 1:-1] != cls) & (rows.tokens[:, 1:-1] != sep)).all()
+    tokens = [len(data.tokenizer(file.read_text(encoding="utf-8"))["input_ids"]) - 2 for file in sorted(text.iterdir())]
+    tokens.pop(10)  # the one of 25 that is held out
+    assert len(data.train) == sum(number // (TINY["length"] - 2) for number in tokens)
+    files = {path: path.stat().st_mtime_ns for path in (done[0] / "data").rglob("*") if path.is_file()}
+    ablate(out=done[0], rows=["toeplitz"], seeds=[0], jobs=1, say=quiet)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    with pytest.raises(UserError, match="length must be 16, that of the prepared data, got 12"):
+        ablate(done[0] / "data", tmp_path / "out", **ONE, say=quiet, **{**TINY, "length": 12})
+
+
+def test_data_that_has_changed_is_not_trained_on(text: Path, tmp_path: Path) -> None:
+    ablate(text, tmp_path, size="small", rows=["toeplitz"], limit=0, say=quiet, **TINY)
+    file = tmp_path / "data" / "train.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"data is damaged \(train.npy has changed since it was written\)"):
+        ablate(out=tmp_path, say=quiet)
+
+
+# -------------------------------------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    "ablate nowhere.txt": "there is no file or folder nowhere.txt",
+    "ablate --small --paper": "--small and --paper are two sizes: give one of them, or none for the one between",
+    "ablate text.txt --rows atention": "rows must be of table2, table3, table10, attention, low_rank, ",
+    "ablate text.txt --small --headdim 48": "headdim must divide 2 * d_model = 128, got 48",
+    "ablate text.txt --small --headdim 64": "a smaller --headdim than 64, by which the width within grows",
+    "ablate text.txt --small --steps 0": "steps must be at least 1, got 0",
+    "ablate text.txt --small --layers 0": "layers must be at least 1, got 0",
+    "ablate text.txt --small --jobs 0": "jobs must be at least 1 and limit not negative, got jobs 0 and limit None",
+    "ablate text.txt --small --limit -1": "jobs must be at least 1 and limit not negative, got jobs None and limit -1",
+    "ablate text.txt --small --vocab-size 40 --batch-size 4096": (
+        "the text must fill at least batch_size = 4096 rows of 32 tokens to train on, it fills "
+    ),
+    "ablate short.txt --small": "the text must fill a row of 32 tokens to train on: give more text, or --held-out",
+    "ablate text.txt --small --out foreign": "foreign must be new, empty or hold an ablation, it holds thesis.tex",
+    "ablate --out text.txt": "text.txt must be a folder, it is a file",
+    "ablate --out begun --steps 9": "steps is 20 in the ablation that goes on in begun, got 9: choose another --out",
+    "ablate --out begun --paper": "size is small in the ablation that goes on in begun, got paper",
+    "ablate --out begun --unmatched": "unmatched is False in the ablation that goes on in begun, got True",
+    "ablate --out begun --seeds 99999999999": "seed must be at most 4294967295, got 99999999999",
+}
+
+
+@pytest.fixture(scope="module")
+def here(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "text.txt").write_text(sentences(100), encoding="utf-8")
+    (folder / "short.txt").write_text("two words", encoding="utf-8")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("years of work", encoding="utf-8")
+    ablate(text, folder / "begun", size="small", rows=["toeplitz"], limit=0, say=quiet, **TINY)
+    return folder
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(here)
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hydra-ssm: error: ")
+    assert error.count("\n") == 1
+    assert MISTAKES[command] in error
+    after = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before
+    assert not any(Path("runs").glob("*"))
+
+
+def test_two_ablations_do_not_share_a_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (here / "begun" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["ablate", "--out", str(here / "begun")]) == 2
+    assert f"another ablation is at work in {here / 'begun'}" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_picture_comes_later(
+    done: tuple[Path, dict, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        ablate(done[0] / "data", tmp_path, **ONE, say=said.append, **TINY)
+    assert "no picture: matplotlib is not installed" in said[-2]
+    assert not (tmp_path / "ablation.png").exists()
+    ablate(out=tmp_path, **ONE, say=quiet)
+    assert (tmp_path / "ablation.png").exists()
