@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ._cosines import cosines, rank
+from ._nonuniform import any_cosines
+from ._precision import at_least_float32, tolerance
 from ._terms import sum_over_features
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
 FREQUENCY = 1e-3  # turns a token, for a feature of 1 (the paper's)
+MOST_NODES = 128  # of the interpolation; beyond, a non-uniform FFT is faster
 
 
 @dataclass(frozen=True)
 class Vandermonde(StructuredMatrix):
-    """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3.
-
-    Quadratic as yet: the product goes through the entries.
-    """
+    """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3."""
 
     q: Tensor  # (B, L, H, d)
     k: Tensor  # (B, L, H, d)
     scale: float
+    tolerance: float | None = None
 
     @classmethod
     def features(cls, settings: Settings) -> tuple[Feature, ...]:
@@ -34,7 +37,7 @@ class Vandermonde(StructuredMatrix):
     @classmethod
     def build(cls, inputs: Inputs) -> Self:
         scale = (2 * inputs.settings.max_length * inputs.settings.d_state) ** -0.5
-        return cls(inputs.documents, inputs.features["q"], inputs.features["k"], scale)
+        return cls(inputs.documents, inputs.features["q"], inputs.features["k"], scale, inputs.settings.tolerance)
 
     def entries(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)  # angles grow with the position
@@ -46,4 +49,21 @@ class Vandermonde(StructuredMatrix):
         return (sum_over_features(term, self.q.to(wide), self.k.to(wide)) * self.scale).to(self.q.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return torch.einsum("bhij,bjhp->bihp", self.entries(), x)
+        q, k, wide = (rearrange(at_least_float32(t), "b l h d -> (b h) l d") for t in (self.q, self.k, x))
+        allowed = tolerance(self.tolerance, x.dtype)
+        nodes = None if _static(x) else rank(math.pi * FREQUENCY * self._largest() * (x.shape[1] - 1), allowed)
+        if nodes is None or nodes > MOST_NODES:
+            y = any_cosines(q, k, wide, FREQUENCY, allowed)
+        else:
+            y = cosines(q, k, wide, 2 * math.pi * FREQUENCY, nodes)
+        return rearrange((y * self.scale).to(x.dtype), "(b h) l p -> b l h p", h=x.shape[2])
+
+    def _largest(self) -> float:
+        """max |q|, |k|; on a GPU a number that the host waits for."""
+        largest = torch.stack([t.detach().abs().nan_to_num(0.0, 0.0).amax() for t in (self.q, self.k)])
+        return float(largest.max())
+
+
+def _static(x: Tensor) -> bool:
+    """Whether the operations must be the same for all values: while torch compiles them or captures a CUDA graph."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

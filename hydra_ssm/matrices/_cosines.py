@@ -1,0 +1,102 @@
+"""Products with the matrix sum_d cos(w q_id j) - cos(w k_jd i), of low rank where its angles stay small."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autograd import closed_form
+
+SMALL = 1 << 20  # elements that are computed together whatever the size of x
+
+
+def rank(angle: float, tolerance: float) -> int:
+    """How many Chebyshev nodes interpolate cos(a t) - 1, |a| <= angle, -1 <= t <= 1, to the tolerance of its size.
+
+    About `angle` and ten more. The error is at most 4 sum_{m >= rank} |J_m(angle)|, and Kapteyn's inequality bounds
+    J_m(m sech b) by exp(m (tanh b - b)).
+    """
+    allowed = tolerance * min(1.0, angle**2) / 8
+    m = math.ceil(angle) + 2
+    while True:
+        b = math.acosh(m / angle) if angle > 0 else math.inf
+        if b == math.inf or m * (math.tanh(b) - b) < math.log(allowed):
+            return m
+        m += 1
+
+
+def cosines(q: Tensor, k: Tensor, x: Tensor, frequency: float, nodes: int) -> Tensor:
+    """y_i = sum_jd (cos(w q_id j) - cos(w k_jd i)) x_j, w = frequency, differentiable once.
+
+    q and k (n, L, d), x (n, L, P), all float32 or float64. Time O(n L nodes (d + P)); cosines are computed for a few
+    nodes at a time, so that they take no more memory than a few x, and found again for the gradient.
+    """
+    places, E = _interpolation(x.shape[1], nodes, x)
+    return _Cosines.apply(q, k, x, places * (frequency / 2), E)
+
+
+def _interpolation(length: int, nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Places t (nodes,) between 0 and length - 1, and E (length, nodes), with f(j) = sum_n E_jn f(t_n) for smooth f.
+
+    E is the Lagrange basis of the Chebyshev nodes, written in angles, where it is the same for all lengths.
+    """
+    last = max(length - 1, 1)
+    phi = (torch.arange(nodes, device=like.device, dtype=torch.float64) + 0.5) * (math.pi / nodes)
+    psi = torch.arccos(torch.arange(length, device=like.device, dtype=torch.float64) * (2 / last) - 1)
+    E = (_dirichlet(psi[:, None] - phi, nodes) + _dirichlet(psi[:, None] + phi, nodes)) / (2 * nodes)
+    return ((phi.cos() + 1) * ((length - 1) / 2)).to(like.dtype), E.to(like.dtype)
+
+
+def _dirichlet(angle: Tensor, nodes: int) -> Tensor:
+    """1 + 2 sum_{0 < m < nodes} cos(m angle)."""
+    below = torch.sin(angle / 2)
+    near = below.abs() < 1e-9
+    ratio = torch.sin((nodes - 0.5) * angle) / below.masked_fill(near, 1.0)
+    return ratio.masked_fill(near, 2.0 * nodes - 1)
+
+
+class _Cosines(torch.autograd.Function):
+    """M = F(q) E^T - E F(k)^T with F_in = sum_d cos(2 q_id h_n) - 1; the ones cancel."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, x: Tensor, half: Tensor, E: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, x, half, E)
+        y = torch.zeros_like(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for h, basis in _parts(q, x, half, E):
+                y.baddbmm_(_features(q, h), basis.mT @ x)
+                y.sub_(basis @ (_features(k, h).mT @ x))
+        return y
+
+    @staticmethod
+    @closed_form
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, x, half, E = ctx.saved_tensors
+        dq, dk, dx = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(x)
+        for h, basis in _parts(q, x, half, E):
+            moments, adjoint = basis.mT @ x, basis.mT @ grad  # (n, nodes, P)
+            dx.add_(basis @ (_features(q, h).mT @ grad))
+            dx.baddbmm_(_features(k, h), adjoint, alpha=-1)
+            dq.sub_(_slopes(q, h, grad @ moments.mT))
+            dk.add_(_slopes(k, h, x @ adjoint.mT))
+        return dq, dk, dx, None, None
+
+
+def _parts(q: Tensor, x: Tensor, half: Tensor, E: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    """As many nodes at a time as take four times the numbers of x, summed over d."""
+    n, length, d = q.shape
+    size = max(1, 4 * x.shape[2] // d, SMALL // (n * length * d))
+    return zip(half.split(size), E.split(size, 1), strict=True)
+
+
+def _features(q: Tensor, half: Tensor) -> Tensor:
+    """sum_d cos(2 q_d h) - 1 (n, L, nodes), in a form that loses no digit of small angles."""
+    return (q[..., None] * half).sin_().square_().sum(2).mul_(-2)
+
+
+def _slopes(q: Tensor, half: Tensor, grad: Tensor) -> Tensor:
+    """sum_n grad_n 2 h_n sin(2 q_d h_n) (n, L, d)."""
+    return torch.einsum("nldr,nlr->nld", (q[..., None] * (2 * half)).sin_(), grad * (2 * half))
