@@ -11,29 +11,41 @@ from torch import Tensor
 SPAN = 1e7  # largest ratio of two denominators between which the relative error is bounded
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
-def exponents_and_weights(tolerance: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def exponents_and_weights(tolerance: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """s and w with |sum_k w_k exp(-s_k D) - 1 / D| < tolerance / D for 1 <= D <= SPAN, all of them positive.
 
-    The derivative by D is as near, to within 3 tolerance / D^2. About ln(SPAN) ln(8 / tolerance) / 10 terms: the
-    trapezoidal rule for 1 / D = int exp(t - D exp t) dt, which converges geometrically as its step shrinks. To the
-    right the integrand vanishes doubly exponentially, to the left but as exp t: all its nodes with s < z / SPAN are
-    replaced by the few of the Gaussian rule that has their moments.
+    The derivative by D is as near, to within 3 tolerance / D^2. In the dtype of `like` and on its device, without a
+    copy from the host, which a CUDA graph could not capture.
+    """
+    low, first, step, count = _rule(tolerance)
+    t = first + step * torch.arange(count, dtype=like.dtype, device=like.device)
+    s = torch.cat([*(like.new_full((1,), node) for node, _ in low), t.exp()])
+    w = torch.cat([*(like.new_full((1,), weight) for _, weight in low), t.exp() * step])
+    return s, w
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def _rule(tolerance: float) -> tuple[tuple[tuple[float, float], ...], float, float, int]:
+    """The terms of the sum: pairs (s, w), then s = exp t and w = step s for t = first, first + step, ... (count).
+
+    About ln(SPAN) ln(8 / tolerance) / 10 of them: the trapezoidal rule for 1 / D = int exp(t - D exp t) dt, whose error
+    falls geometrically with its step. To the right the integrand vanishes doubly exponentially, to the left as exp t
+    alone: all nodes with s < z / SPAN are replaced by the few of the Gaussian rule that has their moments.
     """
     step = _step(tolerance)
     last = math.log(math.log(1 / tolerance) + math.log(math.log(1 / tolerance)))
-    least, first, low, low_weights = math.inf, 0.0, (), ()  # type: tuple[float, float, tuple[float, ...], tuple[float, ...]]
+    best: tuple[float, float, tuple[tuple[float, float], ...]] = (math.inf, 0.0, ())
     for count in range(1, 9):
         nodes, weights = _tail(step, count)
         reach = _reach(step, nodes, weights, tolerance / 2)
-        if reach and count - math.log(reach) / step < least:
-            least, first = count - math.log(reach) / step, math.log(reach / SPAN)
-            low, low_weights = tuple(nodes.tolist()), tuple(weights.tolist())
-    grid = [first + n * step for n in range(math.ceil((last - first) / step) + 1)]
-    s = [math.exp(first) * node for node in low] + [math.exp(t) for t in grid]
-    w = [math.exp(first) * weight for weight in low_weights] + [step * math.exp(t) for t in grid]
-    return tuple(s), tuple(w)
+        cost = count - math.log(reach) / step if reach else math.inf
+        if cost < best[0]:
+            scale = reach / SPAN
+            low = zip((scale * nodes).tolist(), (scale * weights).tolist(), strict=True)
+            best = cost, math.log(scale), tuple(low)
+    _, first, pairs = best
+    return pairs, first, step, math.ceil((last - first) / step) + 1
 
 
 def _step(tolerance: float) -> float:

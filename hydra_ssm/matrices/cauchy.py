@@ -63,7 +63,7 @@ class Cauchy(StructuredMatrix):
         (q, least_q), (k, least_k) = (self._above_least(t) for t in (q, k))
         D = least_q + least_k + 2 * c + FLOOR  # (B, H, d, 1), the least denominators
         unit = torch.where(D > 0, D, torch.nan).detach()  # a pole inside the matrix gives NaN
-        s, w = (D.new_tensor(v) for v in exponents_and_weights(tolerance(self.tolerance, x.dtype)))
+        s, w = exponents_and_weights(tolerance(self.tolerance, x.dtype), D)
         weight = w * self.scale / unit
         scale = (weight.log() - s * (D / unit)) / 2
         q, k, scale = (t.flatten(0, 1) for t in (q / unit, k / unit, scale))

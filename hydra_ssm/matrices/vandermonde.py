@@ -22,7 +22,12 @@ MOST_NODES = 128  # of the interpolation; beyond, a non-uniform FFT is faster
 
 @dataclass(frozen=True)
 class Vandermonde(StructuredMatrix):
-    """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3."""
+    """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3. O(L log L).
+
+    The product is exact to a tolerance. While angles stay small, up to 100 or so at the last token, a few nodes in time
+    interpolate all cosines; their number follows from the largest of q and k, which a GPU's host waits for. Larger
+    angles take a non-uniform FFT, and so do all while torch compiles or captures a CUDA graph: it needs no such number.
+    """
 
     q: Tensor  # (B, L, H, d)
     k: Tensor  # (B, L, H, d)
