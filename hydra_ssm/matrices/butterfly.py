@@ -16,7 +16,7 @@ from .base import Inputs, Settings, StructuredMatrix
 class Monarch(StructuredMatrix):
     """M[(a, b), (c, d)] = left[b, a, c] right[c, b, d], token i = (i // m, i % m), m = ceil(sqrt(max_length)).
 
-    Right mixes within each block of m tokens, left the tokens with one place in their blocks. O(L^1.5). Lengths that
+    Right mixes within each block of m tokens, left the tokens with one place in their blocks. O(L m). Lengths that
     are no square use the leading block, as if zeros followed.
     """
 
@@ -44,9 +44,10 @@ class Monarch(StructuredMatrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         m, L = self.left.shape[1], x.shape[1]
-        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, m * m - L)).unflatten(1, (m, m))
-        mixed = torch.einsum("hcbd,Bcdhp->Bcbhp", self.right, padded)
-        return torch.einsum("hbac,Bcbhp->Babhp", self.left, mixed).flatten(1, 2)[:, :L]
+        blocks = -(-L // m)  # the others hold zeros, and nobody reads them
+        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, blocks * m - L)).unflatten(1, (blocks, m))
+        mixed = torch.einsum("hcbd,Bcdhp->Bcbhp", self.right[:, :blocks], padded)
+        return torch.einsum("hbac,Bcbhp->Babhp", self.left[:, :, :blocks, :blocks], mixed).flatten(1, 2)[:, :L]
 
 
 def _blocks(length: int) -> int:
