@@ -2,15 +2,18 @@
 
 import csv
 import fcntl
+import importlib.util
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -472,3 +475,56 @@ def test_without_matplotlib_the_picture_comes_later(
     assert not (tmp_path / "ablation.png").exists()
     ablate(out=tmp_path, **ONE, say=quiet)
     assert (tmp_path / "ablation.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """docs/ablation_figures.py, at work on copies of the page and of the results."""
+    spec = importlib.util.spec_from_file_location("ablation_figures", ROOT / "docs" / "ablation_figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "docs" / "pictures").mkdir(parents=True)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path / "docs")
+    monkeypatch.setattr(module, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "PAGE", tmp_path / "docs" / "results.md")
+    return module
+
+
+def test_the_page_is_what_the_results_say(script: ModuleType) -> None:
+    script.main()
+    assert script.PAGE.read_text(encoding="utf-8") == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_result_stands_beside_the_papers(script: ModuleType, done: tuple[Path, dict, list[str]]) -> None:
+    shutil.copy(done[0] / "ablation.json", script.RESULTS)
+    shutil.copy(done[0] / "ablation.json", script.RESULTS / "ablation_unmatched.json")
+    script.main()
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert "have not been run" not in text
+    for name, paper in (("toeplitz", "1.91 | 61.9 | 77.7"), ("dense-fixed", "2.05 | 59.6 | 74.7")):
+        own = [run for run in done[1]["runs"] if run["row"] == name]
+        loss, accuracy = ([scale * run[key] for run in own] for key, scale in (("loss", 1), ("accuracy", 100)))
+        (low, high), (less, more) = ((np.mean(values), np.std(values, ddof=1)) for values in (loss, accuracy))
+        cells = f"{low:.3f} ± {high:.3f} | {less:.1f} ± {more:.1f}"
+        assert f"| {name} | {paper} | {cells} | {cells} |\n" in text
+        assert re.search(rf"\| {name} \| - \| {own[0]['parameters']:,} \| {re.escape(cells)} \|", text)
+    assert "| add | 1.68 | 65.6 | 80.6 | - | - | - | - |" in text
+    assert "By loss" not in text  # there is an order where all rows are there
+    assert (script.DOCS / "pictures" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_orders_of_the_paper_and_of_ours_are_told(script: ModuleType) -> None:
+    rows = list(script.PAPER["Table 3"])
+    report = {"rows": [{"row": row, "loss": {"mean": float(len(row))}} for row in rows]}
+    said = script.order("Table 3", {"matched": report})
+    assert "- paper: quasiseparable, add, concat, mult, semiseparable" in said
+    assert "- matched: add, mult, concat, semiseparable, quasiseparable" in said

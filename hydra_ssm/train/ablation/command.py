@@ -84,12 +84,13 @@ def ablate(
     folder = Path("runs") / default if out is None else Path(out)
     with _alone(folder):
         plan = _plan(folder, size, given, chosen, say)
-        keys = [Key(row, seed) for seed in seeds or SEEDS.get(plan.size, (0, 1, 2)) for row in chosen]
+        keys = [Key(row, seed) for seed in seeds or _usual_seeds(plan) for row in chosen]
         for key in keys:
             plan.recipe(key.seed)  # a seed out of its range is told before the first run
         deadline = float("inf") if limit is None else started + limit
         received = run_all(folder, keys, jobs or _usual_jobs(), deadline, say)
-        report = collect(folder, list(dict.fromkeys([*keys, *_kept(folder)])), _command(plan, folder))
+        keys = list(dict.fromkeys([*keys, *_kept(folder)]))
+        report = collect(folder, keys, _command(plan, keys))
         say(table(report))
         _write(report, folder, say)
     if received is not None:
@@ -164,8 +165,8 @@ def _kept(folder: Path) -> list[Key]:
     return [Key(record["row"], record["seed"]) for record in records]
 
 
-def _command(plan: Plan, folder: Path) -> str:
-    """That begins this ablation again."""
+def _command(plan: Plan, keys: Sequence[Key]) -> str:
+    """That does the same again."""
     usual = SIZES[plan.size]
     words = ["hydra-ssm", "ablate", *plan.sources]
     words += [] if plan.size == USUAL else [f"--{plan.size}"]
@@ -175,7 +176,14 @@ def _command(plan: Plan, folder: Path) -> str:
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)
         words += ["--" + field.name.replace("_", "-"), *map(str, values)]
-    return shlex.join([*words, "--out", str(folder)])
+    rows, seeds = list(dict.fromkeys(key.row for key in keys)), sorted({key.seed for key in keys})
+    words += ["--rows", *rows] if set(rows) != set(choose(())) else []
+    words += ["--seeds", *map(str, seeds)] if seeds != [*_usual_seeds(plan)] else []
+    return shlex.join(words)
+
+
+def _usual_seeds(plan: Plan) -> tuple[int, ...]:
+    return SEEDS.get(plan.size, (0, 1, 2))
 
 
 def _write(report: dict[str, Any], folder: Path, say: Say) -> None:

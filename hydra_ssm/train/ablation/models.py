@@ -23,7 +23,7 @@ GROUPS = {
     "table2": (
         "dense-fixed", "toeplitz-fixed", "toeplitz", "dft-fixed", "vandermonde-fixed", "vandermonde", "cauchy-fixed",
         "cauchy", "low_rank-fixed", "low_rank", "attention-fixed", "attention", "quasiseparable-fixed",
-        "quasiseparable",
+        "quasiseparable", "quasiseparable_shared",
     ),
     "table3": ("semiseparable", "add", "mult", "concat", "quasiseparable"),
     "table10": ("add", "add_diagonal", "add_shift", "quasiseparable"),

@@ -1,0 +1,157 @@
+"""Put the figures of ablations into docs/results.md, and their curves into docs/pictures.
+
+    python docs/ablation_figures.py
+
+Reads what `hydra-ssm ablate` wrote: results/ablation_small.json, and where they are there results/ablation.json and
+results/ablation_unmatched.json, whose figures stand beside the paper's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra_ssm.train.ablation.report import clock, draw, plus_minus
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "results"
+PAGE = DOCS / "results.md"
+BEGIN, END = "<!-- figures: docs/ablation_figures.py writes what follows -->", "<!-- end of figures -->"
+NONE = "-"
+
+Report = dict[str, Any]
+PAPER = {  # held-out loss, masked accuracy in %, GLUE average; None: not in the paper
+    "Table 2": {
+        "dense-fixed": (2.05, 59.6, 74.7),
+        "toeplitz-fixed": (1.97, 60.8, 75.8),
+        "toeplitz": (1.91, 61.9, 77.7),
+        "dft-fixed": (2.46, 53.1, 71.7),
+        "vandermonde-fixed": (2.46, 53.0, 70.8),
+        "vandermonde": (2.04, 59.7, 76.0),
+        "cauchy-fixed": (2.25, 56.2, 74.2),
+        "cauchy": (1.94, 61.6, 78.2),
+        "low_rank-fixed": (2.06, 59.4, 74.9),
+        "low_rank": (1.90, 62.2, 78.4),
+        "attention-fixed": (2.08, 59.1, 71.9),
+        "attention": (1.87, 62.9, 78.8),
+        "quasiseparable-fixed": (2.03, 59.8, 75.1),
+        "quasiseparable": (1.84, 63.3, 79.7),
+        "quasiseparable_shared": (None, None, None),
+    },
+    "Table 3": {
+        "semiseparable": (3.45, 39.5, 77.7),
+        "add": (1.68, 65.6, 80.6),
+        "mult": (1.72, 64.9, 79.6),
+        "concat": (1.71, 65.4, 81.1),
+        "quasiseparable": (1.66, 65.9, 81.7),
+    },
+    "Table 10": {
+        "add": (None, None, 80.6),
+        "add_diagonal": (None, None, 80.7),
+        "add_shift": (None, None, 80.7),
+        "quasiseparable": (None, None, 81.7),
+    },
+}
+ABOUT = {
+    "Table 2": "12 layers, about 70M parameters, 24,000 steps of 4,096 x 128 tokens of C4",
+    "Table 3": "the same models, 70,000 steps",
+    "Table 10": "what a Hydra has beyond two scans that are added: a free diagonal, a shift, both",
+}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def beside_the_paper(title: str, ours: dict[str, Report]) -> list[str]:
+    """One of the paper's tables, and for each of our reports the same rows."""
+    lines = [
+        f"### {title}: {ABOUT[title]}", "",
+        f"| | paper: loss | accuracy | GLUE | {' | '.join(f'{name}: loss | accuracy' for name in ours)} |",
+        "|---|---|---|---|" + "---|---|" * len(ours),
+    ]  # fmt: skip
+    for row, (loss, accuracy, glue) in PAPER[title].items():
+        cells = [cell for report in ours.values() for cell in result(report, row)]
+        lines.append(f"| {row} | {number(loss)} | {number(accuracy, 1)} | {number(glue, 1)} | {' | '.join(cells)} |")
+    return [*lines, "", *order(title, ours)]
+
+
+def result(report: Report, row: str) -> list[str]:
+    """Loss and accuracy in a report, or that they are not there."""
+    found = next((r for r in report.get("rows", []) if r["row"] == row), None)
+    if found is None:
+        return [NONE, NONE]
+    return [plus_minus(found["loss"], 1, ".3f"), plus_minus(found["accuracy"], 100, ".1f")]
+
+
+def order(title: str, ours: dict[str, Report]) -> list[str]:
+    """Who is best, by loss: the paper's order and ours of the same rows."""
+    losses = {row: loss for row, (loss, _, _) in PAPER[title].items() if loss is not None}
+    orders = {}
+    for name, report in ours.items():
+        own = {r["row"]: r["loss"]["mean"] for r in report.get("rows", []) if r["loss"]["mean"] is not None}
+        if losses and losses.keys() <= own.keys():
+            orders[name] = sorted(losses, key=own.__getitem__)
+    if not orders:
+        return []
+    orders = {"paper": sorted(losses, key=losses.__getitem__), **orders}
+    return ["By loss, the best first:", "", *(f"- {name}: {', '.join(rows)}" for name, rows in orders.items()), ""]
+
+
+def all_rows(report: Report) -> list[str]:
+    """Every row of a report, the best first."""
+    plan, data = report["plan"], report["data"]
+    baseline = data["baseline"]
+    lines = [
+        f"`{report['command']}`, {report['date']}. **{report['setting'][0].upper()}{report['setting'][1:]}.** "
+        f"{plan['layers']} layers of width {plan['d_model']}, {plan['steps']:,} steps of {plan['batch_size']} x "
+        f"{plan['length']} tokens, {data['train_rows']:,} rows of text to train on, "
+        f"{data['held_out_rows']:,} held out. Means and standard deviations over the seeds. Times {clock(report)}.",
+        "",
+        "| row | N | parameters | held-out loss | accuracy, % | ms a step | seeds |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in report["rows"]:
+        cells = [
+            row["row"], str(row["state"] or NONE), f"{row['parameters']:,}", *result(report, row["row"]),
+            plus_minus(row["seconds_a_step"], 1000, ".1f"),
+            str(len(row["seeds"])) + (f", {len(row['diverged'])} diverged" if row["diverged"] else ""),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| word frequencies alone | | | {baseline['loss']:.3f} | {100 * baseline['accuracy']:.1f} | | |")
+    return [*lines, ""]
+
+
+def read(name: str) -> Report | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def picture(report: Report, name: str) -> list[str]:
+    """Draws it, and says where."""
+    draw(report, DOCS / "pictures" / f"{name}.png")
+    return [f"![held-out loss by step of every row, {report['setting']}](pictures/{name}.png)", ""]
+
+
+def main() -> None:
+    small, matched, unmatched = map(read, ("ablation_small", "ablation", "ablation_unmatched"))
+    ours = {"matched": matched or {}, **({"released setting": unmatched} if unmatched else {})}
+    lines = ["## Beside the paper", ""]
+    if matched is None:
+        lines += ["Ours have not been run yet at a size that could stand beside them.", ""]
+    for title in PAPER:
+        lines += beside_the_paper(title, ours)
+    for name, report in {"ablation": matched, "ablation_unmatched": unmatched}.items():
+        if report is not None:
+            lines += [f"## All rows, {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
+            lines += [*all_rows(report), *picture(report, name)]
+    if small is not None:
+        lines += ["## The small comparison", "", *all_rows(small), *picture(small, "ablation_small")]
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text("\n".join([before + BEGIN, "", *lines, END + after]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
