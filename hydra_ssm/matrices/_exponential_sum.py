@@ -17,7 +17,7 @@ def exponential_sum(alpha: Tensor, beta: Tensor, scale: Tensor, exponents: Tenso
 
     Args:
         alpha, beta: (n, d, L) at least 0, float32 or more.
-        scale: l (n, d, K), so that exp l is the largest entry of either factor.
+        scale: l (n, d, K), constants, so that exp l is the largest entry of either factor.
         exponents: s (K,), positive.
         x: (n, L, P). The factors are rounded to its dtype, and all products are in it.
 
@@ -52,19 +52,17 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     @closed_form
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
         alpha, beta, scale, s, x = ctx.saved_tensors
-        dx = torch.zeros_like(x)
-        found = []
+        dx, dalpha, dbeta = torch.zeros_like(x), [], []
         size = _at_once(x, len(s))
         for a, b, l in zip(*(t.split(size, 1) for t in (alpha, beta, scale)), strict=True):  # noqa: E741
             rows, columns = _factor(a, l, s, x.dtype), _factor(b, l, s, x.dtype)
             state, adjoint = columns @ x, rows @ grad
             dx.baddbmm_(columns.mT, adjoint)
-            dl = 2 * (state.to(l.dtype) * adjoint).sum(-1).view_as(l)
-            found.append((_angle_grad(rows, state @ grad.mT, s), _angle_grad(columns, adjoint @ x.mT, s), dl))
-        dalpha, dbeta, dscale = (torch.cat(part, 1) for part in zip(*found, strict=True))
-        return dalpha, dbeta, dscale, None, dx
+            dalpha.append(_angle_grad(rows, state @ grad.mT, s))
+            dbeta.append(_angle_grad(columns, adjoint @ x.mT, s))
+        return torch.cat(dalpha, 1), torch.cat(dbeta, 1), None, None, dx
 
 
 def _angle_grad(factor: Tensor, grad: Tensor, s: Tensor) -> Tensor:

@@ -44,9 +44,10 @@ class Attention(StructuredMatrix):
     def multiply(self, x: Tensor) -> Tensor:
         if self.documents is not None and self.documents.cu_seqlens is not None:
             return self._multiply_packed(x, self.documents, self.documents.cu_seqlens)
-        q, k, v = (rearrange(t, "b l h d -> b h l d") for t in (self.q, self.k, x))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._keys())
-        return rearrange(y, "b h l p -> b l h p")
+        width = max(x.shape[3], self.q.shape[3])  # other than of one width, the CPU's kernel refuses them
+        q, k, v = (rearrange(_widened(t, width), "b l h d -> b h l d") for t in (self.q, self.k, x))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._keys(), scale=self.q.shape[3] ** -0.5)
+        return rearrange(y[..., : x.shape[3]], "b h l p -> b l h p")
 
     def _multiply_packed(self, x: Tensor, documents: Documents, offsets: Tensor) -> Tensor:
         if not _has_varlen(self.q, self.k, x):
@@ -55,12 +56,13 @@ class Attention(StructuredMatrix):
             return Placed(None, parts, layouts) @ x
         from torch.nn.attention.varlen import varlen_attn
 
+        width = -(-max(x.shape[3], self.q.shape[3]) // 8) * 8
         # What it leaves unwritten, beyond the last document, is neither read nor given a gradient.
-        q, k = (documents.zero_padding(t)[0] for t in (self.q, self.k))
+        q, k, v = (_widened(documents.zero_padding(t), width)[0] for t in (self.q, self.k, x))
         offsets, longest = offsets.int(), x.shape[1]
-        y = varlen_attn(q, k, x[0], offsets, offsets, longest, longest)
+        y = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=self.q.shape[3] ** -0.5)
         assert isinstance(y, Tensor)
-        return y[None]
+        return y[None, ..., : x.shape[3]]
 
     def _keys(self) -> Tensor | None:
         """(B, 1, 1 or L, L) True for keys that may be read; the first stands in for none, its value being zero."""
@@ -74,9 +76,14 @@ class Attention(StructuredMatrix):
         return rearrange(valid | (first & ~valid.any(1, keepdim=True)), "b l -> b 1 1 l")
 
 
+def _widened(t: Tensor, width: int) -> Tensor:
+    """`t` with zeros after its last numbers."""
+    return F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t
+
+
 def _has_varlen(q: Tensor, k: Tensor, x: Tensor) -> bool:
     """Whether torch's attention for variable lengths takes these."""
     half = x.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == x.dtype
-    if not (half and x.is_cuda and torch.version.cuda and q.shape[-1] == x.shape[-1] <= 256 and x.shape[-1] % 8 == 0):
+    if not (half and x.is_cuda and torch.version.cuda and max(q.shape[-1], x.shape[-1]) <= 256):
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)

@@ -61,12 +61,12 @@ class Cauchy(StructuredMatrix):
     def multiply(self, x: Tensor) -> Tensor:
         q, k, c = self._nodes()
         (q, least_q), (k, least_k) = (self._above_least(t) for t in (q, k))
-        D = least_q + least_k + 2 * c + FLOOR  # (B, H, d, 1), the least denominators
-        unit = torch.where(D > 0, D, torch.nan).detach()  # a pole inside the matrix gives NaN
+        D = (least_q + least_k + 2 * c + FLOOR).detach()  # (B, H, d, 1), the least denominators
+        D = torch.where(D > 0, D, torch.nan)  # a pole inside the matrix gives NaN
         s, w = exponents_and_weights(tolerance(self.tolerance, x.dtype), D)
-        weight = w * self.scale / unit
-        scale = (weight.log() - s * (D / unit)) / 2
-        q, k, scale = (t.flatten(0, 1) for t in (q / unit, k / unit, scale))
+        scale = ((w * self.scale / D).log() - s) / 2
+        rise = c - c.detach()  # zero, for the gradient
+        q, k, scale = (t.flatten(0, 1) for t in ((q + rise) / D, (k + rise) / D, scale))
         y = exponential_sum(q, k, scale, s, rearrange(x, "b l h p -> (b h) l p"))
         return rearrange(y, "(b h) l p -> b l h p", h=x.shape[2])
 
