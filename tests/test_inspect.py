@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hydra_ssm import MATRICES, Encoder, MatrixMixer, StructuredMatrix
-from hydra_ssm.inspection import alignment, mixing_matrices, promise, ranks
+from hydra_ssm.inspection import alignment, mixing_matrices, promise, rank
 from hydra_ssm.matrices import Feature
 
 SIZES = {"d_state": 3, "headdim": 8, "max_length": 24}
@@ -161,7 +161,7 @@ def test_ranks_are_the_largest_of_all_blocks(order, diagonal):
     M = torch.randn(7, order, dtype=torch.float64) @ torch.randn(order, 7, dtype=torch.float64)
     M = M + torch.diag(torch.tensor([0.0, 1, 0, 0, 2, 0, 0], dtype=torch.float64))
     M[:3, 3:] = 0
-    found = ranks(M, diagonal=diagonal)
+    found = rank(M, diagonal=diagonal)
     assert int(found.below) == every_block(M, diagonal)
     assert int(found.above) == every_block(M.mT, diagonal)
     assert int(found.whole) == int(torch.linalg.matrix_rank(M))
@@ -169,10 +169,10 @@ def test_ranks_are_the_largest_of_all_blocks(order, diagonal):
 
 def test_ranks_of_many_matrices_are_those_of_each():
     M = torch.stack([torch.randn(9, 9).tril(), torch.ones(9, 9), torch.eye(9), torch.zeros(9, 9)])
-    found = ranks(M)
+    found = rank(M)
     assert [t.tolist() for t in found] == [[4, 1, 0, 0], [0, 1, 0, 0], [9, 1, 9, 0]]
-    assert ranks(torch.ones(1, 1)) == (0, 0, 1)
-    assert ranks(M[0], cuts=[1, 8]).below == 1
+    assert rank(torch.ones(1, 1)) == (0, 0, 1)
+    assert rank(M[0], cuts=[1, 8]).below == 1
 
 
 PROMISES = {
@@ -195,8 +195,8 @@ def test_each_class_keeps_its_promise_of_rank_and_no_lower_one_would_do(name, fo
         for exact in (mixer, mixer.double()):
             dtype = exact.in_proj.weight.dtype
             (found,) = mixing_matrices(exact, tokens(1, 24).to(dtype))
-            for rank, bound in zip(ranks(found.matrices[0]), bounds, strict=True):
-                assert int(rank.max()) == bound if bound is not None else int(rank.max()) > order
+            for number, bound in zip(rank(found.matrices[0]), bounds, strict=True):
+                assert int(number.max()) == bound if bound is not None else int(number.max()) > order
 
 
 def test_a_rank_above_the_promise_is_seen():
@@ -204,8 +204,8 @@ def test_a_rank_above_the_promise_is_seen():
     M = mixing_matrices(mixer, tokens(1, 24))[0].matrices[0]
     spoiled = M.clone()
     spoiled[1, 20, 3] += 1e-6
-    assert ranks(M).below.tolist() == [3, 3, 3, 3]
-    assert ranks(spoiled).below.tolist() == [3, 4, 3, 3]
+    assert rank(M).below.tolist() == [3, 3, 3, 3]
+    assert rank(spoiled).below.tolist() == [3, 4, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_rank_above_the_promise_is_seen():
 )
 def test_what_has_no_ranks_is_refused(M, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ranks(M, **options)
+        rank(M, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- alignment

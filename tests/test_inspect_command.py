@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from browser import browser, find_browser
 from PIL import Image
 
-from hydra_ssm import MATRICES
+from hydra_ssm import MATRICES, MatrixMixer
 from hydra_ssm.cli import main
-from hydra_ssm.inspection import mixing_matrices
+from hydra_ssm.inspection import Mixing, mixing_matrices, report
 from hydra_ssm.inspection.page import BYTES, fits, page
 from hydra_ssm.inspection.picture import colour_limit, draw, save
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification
@@ -109,13 +110,13 @@ MISTAKES = {
     "model ": "the text must hold a word, it is empty",
     "model \u200b": "the text must hold a word, the tokenizer finds none in '\\u200b'",
     f"model {'cat ' * 69}": f"the text must have at most {LONGEST} tokens for this model, it has 71",
-    "any cat --layers 3": "layers must be numbers from 0 to 1, got 3",
+    "any cat --layers 6": "layers must be numbers from 0 to 5, got 6",
     "any cat --heads 1 9": "heads must be numbers from 0 to 3, got 9",
     "any cat --heads one": "--heads must be numbers and ranges such as 0 2-5, got one",
     "any cat --layers 3-1": "--layers must be numbers and ranges such as 0 2-5, got 3-1",
     "any cat --layers 0-99999999999": "--layers must be numbers and ranges such as 0 2-5, got 0-99999999999",
-    f"any {'cat ' * 1023}": "the text must have at most 1024 tokens to be drawn, it has 1025",
-    f"any {'cat ' * 1000} --heads 0-3": "a page has room for 5 matrices of this size, got 8: choose fewer heads or",
+    f"any {'cat ' * 511}": "the text must have at most 512 tokens to be drawn, it has 513",
+    f"any {'cat ' * 505} --heads 0-3": "a page has room for 23 matrices of this size, got 24: choose fewer heads or",
     "model cat --out text.txt": "--out must be a folder, text.txt is a file",
 }
 
@@ -128,7 +129,7 @@ def test_a_mistake_is_one_line_that_says_what_must_hold(command, here, capsys):
     Path("no_model").mkdir()
     for name, text in (("config.json", "{}"), ("model.safetensors", "")):
         Path("no_model", name).write_text(text, encoding="utf-8")
-    save_model(Path("any"), ["hydra", "hydra"], max_position_embeddings=-1)
+    save_model(Path("any"), ["hydra"] * 6, max_position_embeddings=-1)
     folder, space, rest = command.partition(" ")
     text, *options = rest.split(" --")
     options = [word for option in options for word in f"--{option}".split()]
@@ -185,6 +186,35 @@ def test_a_long_text_is_thinned_out_and_takes_seconds(here, capsys):
     assert Path("long", "inspect", "matrices.html").stat().st_size < 1.4 * BYTES
     with Image.open("long/inspect/matrices.png") as image:
         assert image.width * image.height < 15_000_000
+
+
+def test_the_table_measures_all_heads_of_a_short_text_and_some_at_some_places_of_a_long_one():
+    assert report._affordable(30, 288, 12) == (288, None)
+    heads, cuts = report._affordable(512, 288, 12)
+    assert 1 <= heads < 24
+    assert cuts == [128, 256, 384]
+    mixings = [fake(torch.randn(2, 300, 300), layer) for layer in range(12)]
+    row, *_, note = report.table(mixings).splitlines()[1:]
+    assert row.split()[:6] == ["0", "dense", "2", "150", "150", "300"]
+    assert note == "Looked for at 3 of 299 places, in at most 7 heads a layer."
+
+
+def test_a_rank_above_the_promise_stands_out_in_the_table(model):
+    _, found = seen(model, SENTENCE)
+    good = found[9]
+    spoiled = replace(good, matrices=(good.matrices[0] + 0.1 * torch.randn(good.matrices[0].shape),))
+    assert "NOT KEPT" not in report.table([good])
+    assert "at most 3 below and above (NOT KEPT)" in report.table([spoiled])
+
+
+def test_a_page_that_is_too_small_for_every_layer_holds_some_of_them():
+    mixings = [fake(torch.randn(4, 2, 2), layer) for layer in range(7)]
+    assert report._that_fit(mixings, 28, False) is mixings
+    held = report._that_fit(mixings, 27, False)
+    assert [(m.layer, m.heads) for m in held] == [(layer, (0, 2, 3)) for layer in range(7)]
+    held = report._that_fit(mixings, 3, False)
+    assert [(m.layer, m.heads) for m in held] == [(0, (0,)), (3, (0,)), (6, (0,))]
+    assert torch.equal(held[2].matrices[0], mixings[6].matrices[0][:1])
 
 
 # ------------------------------------------------------------------------------------------------------- the picture
@@ -253,9 +283,6 @@ def test_twelve_layers_of_24_heads_are_drawn_at_a_size_that_can_be_read():
 
 def fake(M, layer=0):
     """A mixing with the matrices M (heads, n, n) of a mixer that they are not of."""
-    from hydra_ssm import MatrixMixer
-    from hydra_ssm.inspection import Mixing
-
     M = M if M.ndim == 3 else M[None]
     mixer = MatrixMixer(8, "dense", headdim=8, max_length=2)
     return Mixing(layer, "mixer", mixer, tuple(range(len(M))), (M,))
@@ -398,6 +425,24 @@ def test_the_keyboard_does_what_the_mouse_does_and_says_it_aloud(opened, tab):
     assert tab.run("now.layer") > 14
     tab.key("Escape")
     assert tab.run("document.getElementById('hint').hidden")
+
+
+@needs_browser
+def test_the_keyboard_brings_a_weight_into_view(opened, tmp_path):
+    tab, *_ = opened
+    path = tmp_path / "large.html"
+    path.write_text(page([fake(torch.randn(300, 300))], [f"t{k}" for k in range(300)]), encoding="utf-8")
+    tab.open(path, width=800, height=500)
+    tab.run("document.getElementById('matrix').focus(); point(290, 290)")
+    tab.key("ArrowRight")
+    x, y = place(tab, 290, 291)
+    assert 0 < x < 800
+    assert 0 < y < 500
+    tab.run("point(3, 3)")
+    tab.key("ArrowRight")
+    x, y = place(tab, 3, 4)
+    assert 0 < x < 800
+    assert 0 < y < 500
 
 
 @needs_browser

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hydra_ssm import MATRICES, MatrixMixer
-from hydra_ssm.inspection import alignment, promise, ranks
+from hydra_ssm.inspection import alignment, promise, rank
 from hydra_ssm.matrices import (
     Add,
     AddDiagonal,
@@ -132,7 +132,7 @@ def test_2_2_aligned_classes_have_a_few_for_each_token(name):
 
 def test_3_1_blocks_of_a_semiseparable_matrix_that_reach_the_diagonal_have_rank_n():
     _, M = some(Semiseparable)
-    found = ranks(M, diagonal=True)
+    found = rank(M, diagonal=True)
     assert found.below.tolist() == [N, N]
     assert M.triu(1).abs().max() == 0
     assert found.whole.tolist() == [L, L]
@@ -154,7 +154,7 @@ def test_3_1_a_triangle_of_such_blocks_is_a_state_space_model():
     """The other way round, from the ranks alone: c, b and the transition matrices A come out of the blocks."""
     c, b, A = (torch.randn(L, *shape, dtype=torch.float64) for shape in [(N,), (N,), (N, N)])
     M = of_scan(c, b, A)
-    assert int(ranks(M, diagonal=True).below) == N
+    assert int(rank(M, diagonal=True).below) == N
     # U[k] spans the columns of the corner M[k:, :k + 1]. Without its first row it spans all but the last column of the
     # next corner, and lies in the span of U[k + 1].
     bases = [torch.linalg.svd(M[k:, : k + 1], full_matrices=False) for k in range(L)]
@@ -168,7 +168,7 @@ def test_3_1_a_triangle_of_such_blocks_is_a_state_space_model():
 
 def test_3_2_blocks_off_the_diagonal_of_a_quasiseparable_matrix_have_rank_n():
     _, M = some(Quasiseparable)
-    strict, reaching = ranks(M), ranks(M, diagonal=True)
+    strict, reaching = rank(M), rank(M, diagonal=True)
     assert strict.below.tolist() == strict.above.tolist() == [N, N]
     assert strict.whole.tolist() == [L, L]
     assert min(reaching.below.tolist() + reaching.above.tolist()) > N  # the diagonal is free
@@ -216,13 +216,13 @@ def test_3_3_a_low_rank_matrix_is_a_quasiseparable_one():
     M, dense = some(LowRank)
     q, k = M.q * M.scale, M.k
     equal(product_of(q, k, (q * k).sum(-1)).dense()[0], dense)
-    assert ranks(dense).whole.tolist() == [N, N]
+    assert rank(dense).whole.tolist() == [N, N]
     assert promise(Quasiseparable, N).below == promise(LowRank, N).whole
 
 
 def test_3_3_not_every_quasiseparable_matrix_has_low_rank():
     _, M = some(Quasiseparable)
-    assert ranks(M).whole.min() > N
+    assert rank(M).whole.min() > N
 
 
 def as_strict(t):
@@ -302,7 +302,7 @@ def test_3_5_some_quasiseparable_matrices_have_a_diagonal_that_no_sum_of_scans_c
     ones = torch.ones(1, L, 1, 1, dtype=torch.float64)
     M = product_of(ones, ones, 7 * ones[..., 0]).dense()[0, 0]
     equal(M, ones[0, :, 0] @ ones[0, :, 0].T + 6 * torch.eye(L, dtype=torch.float64))
-    assert (int(ranks(M).below), int(ranks(M).above)) == (1, 1)
+    assert (int(rank(M).below), int(rank(M).above)) == (1, 1)
     equal(forced(M, 1), torch.full((L - 2,), 2.0, dtype=torch.float64))
 
 
@@ -310,7 +310,7 @@ def test_3_5_some_quasiseparable_matrices_have_a_diagonal_that_no_sum_of_scans_c
 def test_3_5_any_other_diagonal_leaves_the_sums_of_scans(order):
     M, changed = well_conditioned(order), torch.randn(L, dtype=torch.float64)
     Q = M - M.diagonal().diag() + changed.diag()
-    assert max(int(ranks(Q).below), int(ranks(Q).above)) == order  # quasiseparable as before
+    assert max(int(rank(Q).below), int(rank(Q).above)) == order  # quasiseparable as before
     assert (forced(Q, order) - changed[order:-order]).abs().min() > 1e-3
 
 

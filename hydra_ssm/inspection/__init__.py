@@ -2,6 +2,8 @@
 
 from .alignment import Alignment, alignment
 from .capture import Mixing, mixing_matrices
-from .ranks import Promise, Ranks, promise, ranks
+from .page import page
+from .picture import draw
+from .ranks import Promise, Ranks, promise, rank
 
-__all__ = ["Alignment", "Mixing", "Promise", "Ranks", "alignment", "mixing_matrices", "promise", "ranks"]
+__all__ = ["Alignment", "Mixing", "Promise", "Ranks", "alignment", "draw", "mixing_matrices", "page", "promise", "rank"]

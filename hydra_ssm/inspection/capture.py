@@ -42,7 +42,8 @@ def mixing_matrices(
         found = mixing_matrices(model, **tokenizer("a sentence", return_tensors="pt"))
         found[2].matrices[0]  # (heads, tokens, tokens) of layer 2; entry (i, j): how token i reads token j
 
-    The matrices are in the model's dtype and differentiable: call this under `torch.no_grad()` to look alone.
+    The matrices are in the model's dtype and differentiable: call this under `torch.no_grad()` to look alone. What a
+    block adds to the product is not in them: the identity of classes without a diagonal, learned initial states.
 
     Args:
         layers: numbers of mixers to look at, from 0 in the order of the model's modules; None: all.

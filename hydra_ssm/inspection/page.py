@@ -53,7 +53,7 @@ def fits(tokens: int) -> int:
 def _packed(M: Tensor) -> tuple[bytes, float]:
     """Little-endian float16 of M / scale, and the scale."""
     largest = float(M.abs().max()) or 1.0
-    return (M / largest).to(torch.float16).contiguous().numpy().astype("<f2").tobytes(), largest
+    return (M / largest).to(torch.float16).cpu().contiguous().numpy().astype("<f2").tobytes(), largest
 
 
 def _script_safe(text: str) -> str:

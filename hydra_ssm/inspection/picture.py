@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from .._extras import require
@@ -69,7 +68,7 @@ def draw(mixings: Sequence[Mixing], tokens: Sequence[str]) -> Figure:
                 continue
             last = row == rows - 1 or bool(mixings[row + 1].missing)
             _label(axes, words, step, text, left=column == 0, below=last)
-            M = mixing.matrices[0][column].detach().float()
+            M = mixing.matrices[0][column].detach().float().cpu()
             limit = colour_limit(M)
             axes.imshow(M.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="auto")
             name = f"layer {mixing.layer}, head {head}" if column == 0 or columns < 5 else f"head {head}"
@@ -84,7 +83,7 @@ def save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
         canvas.draw()
-    image = images.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image = images.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
     origin = require("PIL.PngImagePlugin", "train").PngInfo()
     origin.add_text("Software", SOFTWARE)
     image.quantize(256, dither=images.Dither.NONE).save(path, format="png", pnginfo=origin)

@@ -38,7 +38,7 @@ class Promise(NamedTuple):
         return ", ".join(f"{'zero' if n == 0 else f'at most {n}'} {side}" for side, n in sides)
 
 
-def ranks(
+def rank(
     M: Tensor, *, diagonal: bool = False, cuts: Sequence[int] | None = None, tolerance: float | None = None
 ) -> Ranks:
     """Numerical ranks of M (..., L, L).

@@ -16,11 +16,11 @@ from .alignment import alignment
 from .capture import Mixing, mixing_matrices
 from .page import GENERATOR, fits, page
 from .picture import SOFTWARE, draw, save
-from .ranks import Ranks, promise, ranks
+from .ranks import promise, rank
 
-MOST = 1024  # tokens
+MOST = 512  # tokens
 OVERVIEW = 12, 8  # layers and heads of the picture, where none are chosen
-EFFORT = 1e9  # cubed tokens of matrices whose ranks are found: some seconds
+EFFORT = 4e9  # cubed tokens of matrices whose ranks are found: some seconds
 PNG, HTML = "matrices.png", "matrices.html"
 
 
@@ -177,9 +177,9 @@ def _row(mixing: Mixing, most: int, cuts: list[int] | None) -> tuple[str, ...]:
     M = _some_heads(mixing, most).matrices[0]
     order = mixer.settings.d_state
     promised = promise(mixer.matrix_class, order)
-    found = Ranks(*(t.max() for t in ranks(M, cuts=cuts)))
-    kept = all(bound is None or int(rank) <= bound for rank, bound in zip(found, promised, strict=True))
+    found = [int(t.max()) for t in rank(M, cuts=cuts)]
+    kept = all(bound is None or number <= bound for number, bound in zip(found, promised, strict=True))
     return (
-        str(mixing.layer), name, str(len(mixing.heads)), *(str(int(rank)) for rank in found),
+        str(mixing.layer), name, str(len(mixing.heads)), *map(str, found),
         str(promised) + ("" if kept else " (NOT KEPT)"), alignment(mixer.matrix_class).kind,
     )  # fmt: skip
