@@ -200,7 +200,7 @@ def inspect(
 
     Args:
         model: A folder that pretrain wrote, or save_pretrained with the model and its tokenizer.
-        text: A sentence or a few; up to 1024 tokens, fewer where the model has learned positions.
+        text: A sentence or a few; up to 512 tokens, fewer where the model has learned positions.
         layers: Numbers from 0 and ranges of them; of many layers the picture shows 12.
         heads: Numbers from 0 and ranges of them; of many heads the picture shows 8.
         out: A folder for matrices.png and matrices.html. Those of an earlier call are replaced, other files never.
