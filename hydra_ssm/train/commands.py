@@ -373,7 +373,7 @@ def ablate(
         rows: Names of rows (attention, dense-fixed, ...), or table2, table3, table10.
         seeds: Of the weights, the order of the rows and the masks.
         jobs: Runs at once.
-        limit: Stop after so many seconds, to go on later. 0 prepares the data and trains nothing.
+        limit: Stop after so many seconds, and some more to save, to go on later. 0 prepares the data alone.
         out: The folder of the runs and of what they found.
     """
     for package in ("accelerate", "matplotlib"):  # missing at the start, not at the end

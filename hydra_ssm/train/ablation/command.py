@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -117,14 +116,23 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another ablation is at work in {folder}: choose another --out, or wait") from None
+            _lock(file, folder)
             yield
     finally:
         if not any(path != lock for path in folder.iterdir()):
             shutil.rmtree(folder)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """Until the file is closed, where the system knows such locks."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another ablation is at work in {folder}: choose another --out, or wait") from None
 
 
 def _is_ours(path: Path) -> bool:
@@ -155,7 +163,7 @@ def _plan(folder: Path, size: str | None, given: dict[str, Any], chosen: Sequenc
 
 
 def _usual_jobs() -> int:
-    return 1 if torch.cuda.is_available() else min(MOST_JOBS, len(os.sched_getaffinity(0)))
+    return 1 if torch.cuda.is_available() else min(MOST_JOBS, torch.get_num_threads())
 
 
 def _kept(folder: Path) -> list[Key]:

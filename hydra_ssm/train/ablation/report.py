@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -142,41 +142,46 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Held-out loss by step, the mean over the seeds, in three panels: the classes in both forms, and the scans."""
+    """Held-out loss by step, mean and range over the seeds; a panel for each form, and one for the scans."""
     # Without pyplot: no display, no global state.
-    figure = require("matplotlib.figure", "train").Figure(figsize=(11, 4.5), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(11, 6.5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     runs = [run for run in report["runs"] if "diverged" not in run]
-    matrices = list(dict.fromkeys(run["matrix"] for run in runs))
-    colors = {name: f"C{i % 10}" for i, name in enumerate(m for m in matrices if m not in ONE_WAY)}
-    colors |= {name: f"C{i % 10}" for i, name in enumerate(m for m in matrices if m in ONE_WAY)}
-    panels: dict[str, Callable[[Record], bool]] = {
-        "data dependent": lambda run: run["data_dependent"] and run["matrix"] not in ONE_WAY,
-        "fixed": lambda run: not run["data_dependent"] and run["matrix"] not in ONE_WAY,
-        "one scan, and two combined": lambda run: run["matrix"] in ONE_WAY or run["row"] == "quasiseparable",
-    }  # fmt: skip
-    for ax, (title, belongs) in zip(axes, panels.items(), strict=True):
-        _panel(ax, [run for run in runs if belongs(run)], colors)
+    for ax, (title, belongs) in zip(axes, PANELS.items(), strict=True):
+        _panel(ax, [run for run in runs if belongs(run)], _colors(runs))
         ax.axhline(report["data"]["baseline"]["loss"], color="grey", linestyle="--", linewidth=0.8)
         ax.set(title=title, xlabel="step")
-    axes[0].set_ylabel("held-out loss (nats)")
+    axes[0].set_ylabel("held-out loss (nats); dashed grey: word frequencies alone")
     figure.suptitle(f"{report['plan']['size']} ablation, {report['setting']}", fontsize=10)
     with whole_file(path) as part:
-        figure.savefig(part, dpi=100, format="png")
+        figure.savefig(part, dpi=90, format="png")
+
+
+PANELS: dict[str, Callable[[Record], bool]] = {
+    "data dependent": lambda run: run["data_dependent"] and run["matrix"] not in ONE_WAY,
+    "fixed": lambda run: not run["data_dependent"] and run["matrix"] not in ONE_WAY,
+    "one scan, and two combined": lambda run: run["matrix"] in ONE_WAY or run["row"] == "quasiseparable",
+}
+
+
+def _colors(runs: list[Record]) -> dict[str, str]:
+    """Of each matrix class, the same in all panels."""
+    matrices = dict.fromkeys(run["matrix"] for run in runs)
+    groups = [name for name in matrices if name not in ONE_WAY], [name for name in matrices if name in ONE_WAY]
+    return {name: f"C{number % 10}" for group in groups for number, name in enumerate(group)}
 
 
 def _panel(ax: Any, runs: list[Record], colors: dict[str, str]) -> None:
-    by_row = {row: [run["held_out"] for run in runs if run["row"] == row] for row in _names(runs)}
-    ends = {row: mean(curve["loss"][-1] for curve in curves) for row, curves in by_row.items()}
+    by_row: dict[str, list[Record]] = {}
+    for run in runs:
+        by_row.setdefault(run["row"], []).append(run)
+    ends = {row: mean(run["loss"] for run in own) for row, own in by_row.items()}
     for row in sorted(by_row, key=lambda row: ends[row]):  # the legend has the best first
-        curves = by_row[row]
-        losses = [mean(point) for point in zip(*(curve["loss"] for curve in curves), strict=True)]
-        matrix = next(run["matrix"] for run in runs if run["row"] == row)
-        style = "--" if matrix in ONE_WAY and row != matrix else "-"
-        ax.plot(curves[0]["step"], losses, style, color=colors[matrix], label=f"{row}  {ends[row]:.3f}", linewidth=1.2)
+        first = by_row[row][0]
+        points = list(zip(*(run["held_out"]["loss"] for run in by_row[row]), strict=True))
+        style = "--" if first["matrix"] in ONE_WAY and not first["data_dependent"] else "-"
+        step, color = first["held_out"]["step"], colors[first["matrix"]]
+        ax.plot(step, [mean(p) for p in points], style, color=color, label=f"{row}  {ends[row]:.3f}", linewidth=1.2)
+        ax.fill_between(step, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.1, linewidth=0)
     if by_row:
-        ax.legend(fontsize=6.5)
-
-
-def _names(runs: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(run["row"] for run in runs))
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)

@@ -160,8 +160,9 @@ def _results(trainer: MaskedLMTrainer, plan: Plan) -> Record:
 
 
 def _curve(entries: list[dict[str, float]], loss: str, accuracy: str) -> dict[str, list[float]]:
+    """By step, of six digits: there are many."""
     names = {"step": "step", "loss": loss, "accuracy": accuracy}
-    return {name: [entry[key] for entry in entries] for name, key in names.items()}
+    return {name: [float(f"{entry[key]:.6g}") for entry in entries] for name, key in names.items()}
 
 
 class Stops(TrainerCallback):
