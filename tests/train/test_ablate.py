@@ -18,6 +18,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small_text import sentences
 from torch.nn import functional as F
 
@@ -225,6 +226,36 @@ def test_csv_has_a_line_a_run_and_the_picture_is_drawn(done: tuple[Path, dict, l
         ]
     assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert f"wrote {out}/ablation.json, {out}/ablation.csv, {out}/ablation.png" in said
+
+
+def test_every_output_says_that_the_released_setting_is_unequal(
+    done: tuple[Path, dict, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, titles = [], []
+    draw = Figure.suptitle
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **rest: titles.append(text) or draw(self, text, **rest))
+    ablate(done[0] / "data", tmp_path, **ONE, unmatched=True, say=said.append, **TINY)
+    label = "released setting: states and parameters NOT matched"
+    assert said[0].startswith(label)
+    assert any(part.startswith(f"{label}\n") for part in said)  # the table
+    assert titles == [f"small ablation, {label}"]
+    for ending in ("json", "csv"):
+        assert label in (tmp_path / f"ablation.{ending}").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
+    assert " --unmatched " in report["command"]
+    assert report["plan"]["unmatched"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_rows_train_at_once_in_bf16(text: Path, tmp_path: Path) -> None:
+    sizes = {**TINY, "layers": 2, "d_model": 64, "headdim": 16, "length": 64, "unmatched": True, "batch_size": 16}
+    rows = ["quasiseparable", "cauchy", "toeplitz", "attention"]
+    report = ablate(text, tmp_path, size="small", rows=rows, seeds=[0], jobs=2, say=quiet, **sizes)
+    assert len(report["runs"]) == len(rows)
+    for run in report["runs"]:
+        assert run["device"] == torch.cuda.get_device_name(0)
+        assert run["at_once"] == 2
+        assert run["loss"] < run["held_out"]["loss"][0]
 
 
 def test_the_loss_is_that_of_the_hidden_tokens_in_float64(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:

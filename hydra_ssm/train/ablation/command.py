@@ -24,7 +24,7 @@ from .jobs import run_all
 from .models import choose, config
 from .plan import NAME, SEEDS, SIZES, Plan
 from .report import collect, draw, table, write_csv, write_json
-from .run import DATA, RUNS, Key, Say
+from .run import DATA, RUNS, Key, Say, speak
 
 REPORT = "ablation"  # begins the names of its files
 USUAL = "medium"  # size
@@ -49,7 +49,7 @@ def ablate(
     seeds: Sequence[int] = (),
     jobs: int | None = None,
     limit: float | None = None,
-    say: Say = print,
+    say: Say = speak,
     **settings: Any,
 ) -> dict[str, Any]:
     """What `hydra-ssm ablate` does, for a machine where what parses its options is missing. Returns what JSON has.
@@ -83,7 +83,7 @@ def ablate(
     folder = Path("runs") / default if out is None else Path(out)
     with _alone(folder):
         plan = _plan(folder, size, given, chosen, say)
-        keys = [Key(row, seed) for seed in seeds or _usual_seeds(plan) for row in chosen]
+        keys = [Key(row, seed) for seed in dict.fromkeys(seeds or _usual_seeds(plan)) for row in chosen]
         for key in keys:
             plan.recipe(key.seed)  # a seed out of its range is told before the first run
         deadline = float("inf") if limit is None else started + limit

@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 
 from ..errors import UserError
-from .run import Event, Key, Record, Say, Until, finished, train
+from .run import Event, Key, Record, Say, Until, finished, speak, train
 
 _until: Until  # of this process, where it works for another
 
@@ -111,11 +111,7 @@ def _end_with_parent() -> None:
 
 
 def _work(out: Path, key: Key, jobs: int) -> Record | None:
-    return _train(out, key, _until, jobs, _say)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+    return _train(out, key, _until, jobs, speak)
 
 
 @contextmanager

@@ -52,6 +52,11 @@ class Key(NamedTuple):
         return self.folder(out).with_suffix(".json")
 
 
+def speak(text: str) -> None:
+    """At once, also where the output is no terminal."""
+    print(text, flush=True)
+
+
 class Event(Protocol):
     """Of threads or of processes."""
 
