@@ -29,7 +29,6 @@ from hydra_ssm.bench.machine import facts
 from hydra_ssm.ops.triton import conv, norm
 from hydra_ssm.ops.triton.conv import conv_backward, conv_forward
 from hydra_ssm.ops.triton.decay import Steps, chunk_decays
-from hydra_ssm.ops.triton.diagonal import DiagonalConfig, diagonal_backward
 from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, feature_grads
 from hydra_ssm.ops.triton.norm import norm_backward, norm_forward
 from hydra_ssm.ops.triton.output import OutputConfig, chunk_outputs
@@ -53,7 +52,6 @@ VARIANTS: dict[str, list[Variant]] = {
     "conv backward": _of(conv.BACKWARD, rows=(64, 128, 256), channels=(64, 128), unroll=(4, 8), warps=(1, 2)),
     "norm": _of(norm.FORWARD, elements=(2048, 4096), warps=(2, 4, 8)),
     "norm backward": _of(norm.BACKWARD, programs=(264, 528, 1056), warps=(4, 8), stages=(1, 2)),
-    "diagonal backward": _of(DiagonalConfig(), rows=(32, 64, 128), channels=(64, 128), groups=(11, 22), stages=(2, 3)),
     "decays": [(Q, None) for Q in (64, 128)],
     "states": _of(StatesConfig(), 64, 128, stretch=(0, 32), warps=(4, 8), stages=(2, 3)),
     "adjoint": _of(StatesConfig(), 64, stretch=(0, 32), warps=(4, 8), stages=(2, 3)),
@@ -119,14 +117,12 @@ class Problem:
 
     def _around(self, kernel: str, how: Any) -> Callable[[], object]:
         (z, wet, *_), (dz, dwet, *_) = self.parts(self.projected), self.parts(self.dprojected)
-        inner = self.y.shape[2]
-        wide, dwide = (t.flatten(0, 1)[:, :inner] for t in (self.xBC, self.dxBC))
+        x, _ = self.values(self.xBC)
         return {
             "conv": lambda: conv_forward(wet, self.conv, self.conv_bias, None, True, how),
             "conv backward": lambda: conv_backward(self.dxBC, wet, self.conv, self.conv_bias, None, True, dwet, how),
             "norm": lambda: norm_forward(self.y, z, self.norm, 1e-5, how),
-            "norm backward": lambda: norm_backward(self.dy, self.y, z, self.norm, self.rstd, self.dy, dz, how),
-            "diagonal backward": lambda: diagonal_backward(self.diagonal.flatten(0, 1), wide, self.fc_D, dwide, how),
+            "norm backward": lambda: norm_backward(self.dy, self.y, z, self.norm, self.rstd, self.dy, dz, x, how),
         }[kernel]
 
     def _of_product(self, kernel: str, Q: int, how: Any) -> Callable[[], object]:
@@ -135,11 +131,13 @@ class Problem:
         B_f, C_f, B_b, C_b = features
         dy = self.dy.unflatten(-1, x.shape[2:])
 
+        back = self.diagonal, self.fc_D
+
         def feature(how: FeatureGradsConfig) -> Any:
             return feature_grads(x, dy, features, decays, None, S, T, Q, how, "ieee")
 
         def value(through: Any, how: ValueGradsConfig) -> Any:
-            return value_grads(x, dy, features, decays, None, T, through, dx, grads, Q, False, how, "ieee")
+            return value_grads(x, dy, features, decays, None, T, through, dx, grads, Q, False, how, "ieee", back)
 
         if kernel in ("value", "steps"):
             through = feature(FeatureGradsConfig())

@@ -35,7 +35,7 @@ def kernels(args: list[Tensor], elements: int = 64, stages: int = 1) -> list[Ten
     dout, y, z, weight = args
     out, rstd = norm_forward(y, z, weight, EPS, NormConfig(elements, 3, 1, stages))
     dy, dz = y.clone(), torch.empty(*z.shape[:2], z.shape[2] + 7, dtype=z.dtype, device=DEVICE)[..., 4:-3].copy_(z)
-    dweight = norm_backward(dout, dy, dz, weight, rstd, dy, dz, NormConfig(elements, 3, 1, stages))
+    dweight = norm_backward(dout, dy, dz, weight, rstd, dy, dz, how=NormConfig(elements, 3, 1, stages)).weight
     return [out, dy, dz, dweight]
 
 
@@ -69,12 +69,29 @@ def test_gradients_may_go_elsewhere_and_every_element_is_written(monkeypatch) ->
     out, rstd = norm_forward(y, z, weight, EPS)
     dy, together = torch.empty(y.shape).to(DEVICE), torch.empty(2, 6, 100).to(DEVICE)
     dz = together[..., 20:60]
-    dweight = norm_backward(dout, y, z, weight, rstd, dy, dz)
+    dweight = norm_backward(dout, y, z, weight, rstd, dy, dz).weight
     for ours, exact in zip((out, dy, dz, dweight), eager(*(t.double() for t in args)), strict=True):
         assert error(ours, exact) < 1e-6
     assert together[..., :20].isnan().all()  # nothing beside the view is touched
     assert together[..., 60:].isnan().all()
     assert all(torch.equal(a, b) for a, b in zip(args, kept, strict=True))
+
+
+@pytest.mark.parametrize(("length", "heads", "width"), [(1, 1, 16), (7, 3, 16), (3, 2, 32)])
+def test_the_gradient_of_a_diagonal_is_found_beside(length, heads, width) -> None:
+    """x is a slice of wider rows."""
+    from hydra_ssm.ops.triton.norm import NormConfig, norm_backward, norm_forward
+
+    dout, y, z, weight = case((2, length, heads * width), torch.float32)
+    x = torch.randn(2, length, heads * width + 9, device=DEVICE)[..., 4:-5].unflatten(-1, (heads, width))
+    _, rstd = norm_forward(y, z, weight, EPS)
+    dy, dz = torch.empty_like(y), torch.empty_like(z)
+    alone = norm_backward(dout, y, z, weight, rstd, dy.clone(), dz, how=NormConfig(64, 3, 1))
+    found = norm_backward(dout, y, z, weight, rstd, dy, dz, x, NormConfig(64, 3, 1))
+    along = (dy.unflatten(-1, (heads, width)).double() * x).sum(-1)
+    assert torch.equal(alone.weight, found.weight)
+    assert error(found.diagonal, along) < 1e-6
+    assert error(found.diagonal_sum, along.sum((0, 1))) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's; SiLU is zero there

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .conv import BACKWARD, conv_backward, conv_forward
+from .conv import conv_backward, conv_forward
 from .decay import Decays, Steps
-from .diagonal import diagonal_backward
 from .library import differentiable_once, packed, register, where_it_lies
 from .norm import norm_backward, norm_forward
 from .plan import plan
@@ -87,6 +86,7 @@ class Kept:
         return Decays(self.sums, self.steps, self.totals, self.diagonal)
 
 
+MOST_HEADS = 128  # beyond, a tile of all heads does not fit beside the others of a kernel
 RECOMPUTED = 8192  # tokens whose forward pass is found again at once: enough to fill a GPU, few for its memory
 
 
@@ -118,24 +118,28 @@ def block_backward(
     z, wet, dt_f, dt_b = sizes.parts(projected)
     dz, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
     dy = kept.y if reuse else torch.empty_like(kept.y)
-    dnorm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz)
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
+    norm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz, x)
+    assert norm.diagonal is not None
+    assert norm.diagonal_sum is not None
+    ddiagonal = norm.diagonal.flatten(0, 1)
+    dfc_D = ddiagonal.T @ x.flatten(2).flatten(0, 1)
     dxBC = torch.empty_like(kept.xBC)
     dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
-    dD = torch.empty(sizes.heads, dtype=torch.float32, device=x.device)
-    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b, dD)
+    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
-    like = x[..., 0]  # the diagonal as it was: for its shape and dtype
-    _, _, _, dA_log, ddt_bias, *_, ddiagonal = quasiseparable_backward(
-        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, like, kept.states,
-        plan(x, B_f, backward=True), into, kept.decays,
+    fc_D = weights.fc_D.to(x.dtype)
+    few = sizes.heads <= MOST_HEADS
+    _, _, _, dA_log, ddt_bias, *_ = quasiseparable_backward(
+        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, None, kept.states,
+        plan(x, B_f, backward=True), into, kept.decays, (norm.diagonal, fc_D) if few else None,
     )  # fmt: skip
-    assert ddiagonal is not None
     assert ddt_bias is not None
-    wide, dwide = (t.flatten(0, 1)[:, : sizes.inner] for t in (kept.xBC, dxBC))
-    dfc_D = diagonal_backward(ddiagonal.flatten(0, 1), wide, weights.fc_D.to(x.dtype), dwide)
+    if not few:
+        dx.flatten(2).flatten(0, 1).addmm_(ddiagonal, fc_D)
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
-    return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD.to(weights.D.dtype), dfc_D.to(weights.fc_D.dtype), dnorm)
+    dD = norm.diagonal_sum.to(weights.D.dtype, copy=True)
+    return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), norm.weight)
 
 
 def block(
@@ -151,9 +155,7 @@ def block(
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
     shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
     keep = needed and not recompute
-    # Rows of several stretches cost copies of those at the borders: they are written over only where memory counts.
-    spent = 2 if reuse and (recompute or projected.shape[1] <= BACKWARD.rows) else 1
-    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, spent, keep)[0]
+    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, 1 + reuse, keep)[0]
 
 
 INPUTS = (

@@ -45,10 +45,10 @@ def _forward_kernel(
     ids,
     y,
     L,
-    C,
     stretches,
     stride_b,
-    stride_l,
+    C: tl.constexpr,
+    stride_l: tl.constexpr,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -107,10 +107,10 @@ def _halo_kernel(
     x,
     halo,
     L,
-    C,
     stretches,
     stride_b,
-    stride_l,
+    C: tl.constexpr,
+    stride_l: tl.constexpr,
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -136,12 +136,12 @@ def _backward_kernel(
     dx,
     table,
     L,
-    C,
     stretches,
     stride_b,
-    stride_l,
     stride_db,
-    stride_dl,
+    C: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_dl: tl.constexpr,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -184,57 +184,60 @@ def _backward_kernel(
         for k in tl.static_range(3 * HALF):
             numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)
     after = halo + (stretch * (4 * HALF) + 2 * HALF) * C
-    for k in tl.range(0, count + 2 * HALF, UNROLL):
-        rows = ()
-        given = ()
-        for s in tl.static_range(UNROLL):
-            j = k + s
-            at = x + j * stride_l
-            there = j < high
-            if IN_PLACE:
-                at = tl.where(j < count, at, after + (j - count) * C)
-                there &= j < count + 2 * HALF  # the copy ends here, steps go on to a multiple of UNROLL
-            rows = rows + (tl.load(at + c, mask=keep & there, other=0.0),)
-            inside = (j - HALF >= low) & (j - HALF < high)
-            given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
-        for s in tl.static_range(UNROLL):
-            j = k + s
-            if HAS_IDS:
-                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
-                own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
-            reached = ()
-            window = window + (rows[s].to(tl.float32),)
-            pre = start
-            for t in tl.static_range(WIDTH):
-                value = window[t]
+    # Rows beside the stretch have a loop of their own: choosing between two places costs registers at every row.
+    inner = count // UNROLL * UNROLL if IN_PLACE else count + 2 * HALF
+    for BESIDE in tl.static_range(1 + IN_PLACE):
+        for k in tl.range(inner if BESIDE else 0, count + 2 * HALF if BESIDE else inner, UNROLL):
+            rows = ()
+            given = ()
+            for s in tl.static_range(UNROLL):
+                j = k + s
+                at = x + j * stride_l
+                exists = j < high
+                if BESIDE:
+                    at = tl.where(j < count, at, after + (j - count) * C)
+                    exists &= j < count + 2 * HALF  # the copy ends here, steps go on to a multiple of UNROLL
+                rows = rows + (tl.load(at + c, mask=keep & exists, other=0.0),)
+                inside = (j - HALF >= low) & (j - HALF < high)
+                given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
+            for s in tl.static_range(UNROLL):
+                j = k + s
                 if HAS_IDS:
-                    value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
-                reached = reached + (value,)
-                pre += value * taps[t]
-            g = given[s].to(tl.float32)
-            if ACTIVATION:
-                sigmoid = tl.sigmoid(pre)
-                g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
-            if HAS_IDS:
-                g = tl.where(own_number >= 0, g, 0.0)
-            grads = grads + (g,)
-            own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
-            more = ()
-            for t in tl.static_range(WIDTH):
-                more = more + (sums[t] + own * reached[t],)
-            sums = more + (sums[WIDTH] + own,)
-            out = zero
-            for t in tl.static_range(WIDTH):
+                    numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
+                    own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
+                reached = ()
+                window = window + (rows[s].to(tl.float32),)
+                pre = start
+                for t in tl.static_range(WIDTH):
+                    value = window[t]
+                    if HAS_IDS:
+                        value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
+                    reached = reached + (value,)
+                    pre += value * taps[t]
+                g = given[s].to(tl.float32)
+                if ACTIVATION:
+                    sigmoid = tl.sigmoid(pre)
+                    g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
                 if HAS_IDS:
-                    out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
-                else:
-                    out += grads[2 * HALF - t] * taps[t]
-            i = j - 2 * HALF
-            tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
-            window = window[1:]
-            grads = grads[1:]
-            if HAS_IDS:
-                numbers = numbers[1:]
+                    g = tl.where(own_number >= 0, g, 0.0)
+                grads = grads + (g,)
+                own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
+                more = ()
+                for t in tl.static_range(WIDTH):
+                    more = more + (sums[t] + own * reached[t],)
+                sums = more + (sums[WIDTH] + own,)
+                out = zero
+                for t in tl.static_range(WIDTH):
+                    if HAS_IDS:
+                        out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
+                    else:
+                        out += grads[2 * HALF - t] * taps[t]
+                i = j - 2 * HALF
+                tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
+                window = window[1:]
+                grads = grads[1:]
+                if HAS_IDS:
+                    numbers = numbers[1:]
     table += stretch * ((WIDTH + HAS_BIAS) * C) + c
     for t in tl.static_range(WIDTH + HAS_BIAS):
         tl.store(table + t * C, sums[t], mask=keep)
@@ -269,9 +272,9 @@ def conv_forward(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stretches = triton.cdiv(L, how.rows)
     _forward_kernel[(batch * stretches * triton.cdiv(C, how.channels),)](
-        x, weight, weight if bias is None else bias, x if ids is None else ids, y, L, C, stretches, *x.stride()[:2],
-        WIDTH=weight.shape[-1], ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_IDS=ids is not None,
-        ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
+        x, weight, weight if bias is None else bias, x if ids is None else ids, y, L, stretches,
+        x.stride(0), C, x.stride(1), WIDTH=weight.shape[-1], ACTIVATION=activation, HAS_BIAS=bias is not None,
+        HAS_IDS=ids is not None, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
     return y
 
@@ -292,14 +295,14 @@ def conv_backward(
     if in_place:
         halo = torch.empty(batch * stretches, 4 * (width // 2), C, dtype=x.dtype, device=x.device)
         _halo_kernel[grid](
-            x, halo, L, C, stretches, *x.stride()[:2], HALF=width // 2, ROWS=how.rows, BLOCK_C=how.channels,
+            x, halo, L, stretches, x.stride(0), C, x.stride(1), HALF=width // 2, ROWS=how.rows, BLOCK_C=how.channels,
             num_warps=how.warps,
         )  # fmt: skip
     table = torch.empty(batch * stretches, width + (bias is not None), C, dtype=torch.float32, device=x.device)
     _backward_kernel[grid](
-        dy, x, weight, weight if bias is None else bias, x if ids is None else ids, halo, dx, table, L, C, stretches,
-        *x.stride()[:2], *dx.stride()[:2], WIDTH=width, ACTIVATION=activation, HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels,
+        dy, x, weight, weight if bias is None else bias, x if ids is None else ids, halo, dx, table, L, stretches,
+        x.stride(0), dx.stride(0), C, x.stride(1), dx.stride(1), WIDTH=width, ACTIVATION=activation,
+        HAS_BIAS=bias is not None, HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels,
         UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
     sums = table.sum(0)

@@ -78,8 +78,8 @@ def _fake_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor
 def _norm_backward(dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of y, z and weight."""
     dy, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
-    dweight = norm_backward(dout.contiguous(), y.contiguous(), _with_rows(z), weight.contiguous(), rstd, dy, dz)
-    return dy, dz, dweight
+    grads = norm_backward(dout.contiguous(), y.contiguous(), _with_rows(z), weight.contiguous(), rstd, dy, dz)
+    return dy, dz, grads.weight
 
 
 def _fake_norm_backward(dout: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -33,7 +33,8 @@ def register(
 
     Those would cost 100 microseconds a call more, in checks and lookups of the schema.
     """
-    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Inductor pads rows of odd widths, and would copy them back to their strides for an operator that needs these.
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     LIBRARY.impl(name, partial(where_it_lies, kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"hydra_ssm::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.hydra_ssm, name).default

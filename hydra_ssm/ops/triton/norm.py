@@ -5,6 +5,8 @@
 With n = y rstd, s = sigmoid(z) and g the gradient of out:
 
     dw = sum g n z s      dz = g n w s (1 + z (1 - s))      dy = rstd (d - n mean(d n)),  d = g w z s
+
+Where y = M x + diagonal x, the backward pass can give dy . x of each head as well, the diagonal's gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 from ..backend import WIDEST_NORM
 
 MOST_WARPS = 16
+LARGEST_STAGE = 8192  # bytes of each operand that are loaded ahead
 
 
 @triton.jit
@@ -49,14 +52,18 @@ def _norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "L"])
 def _norm_backward_kernel(
-    dout, y, z, weight, rstd, dy, dz, dweight, rows, L, stride_b, stride_l, stride_db, stride_dl,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    dout, y, z, weight, rstd, x, dy, dz, ddiagonal, table, rows, L, stride_b, stride_l, stride_db, stride_dl,
+    stride_x, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     # In place, a tile is read before it is written: every element belongs to one thread, as tiles have more of them
     # than a program has threads, and no other tile shares it.
     c = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + c, mask=c < D, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    if P:
+        heads: tl.constexpr = BLOCK // P
+        h = tl.arange(0, heads)[None, :]
+        of_heads = tl.zeros((ROWS, heads), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row, exists, packed, strided = _rows_of(tile, rows, L, stride_b, stride_l, ROWS, D)
         _, _, _, to = _rows_of(tile, rows, L, stride_db, stride_dl, ROWS, D)
@@ -65,6 +72,8 @@ def _norm_backward_kernel(
         gate = tl.load(z + strided + c, mask=keep, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, mask=exists, other=0.0)
         n = tl.load(y + packed + c, mask=keep, other=0.0).to(tl.float32) * scale
+        if P:  # before anything is stored: no load is moved over a store
+            xs = tl.load(x + row.to(tl.int64) * stride_x + c, mask=keep, other=0.0)
         s = tl.sigmoid(gate)
         d = grad * gate * s
         dw += d * n
@@ -72,9 +81,19 @@ def _norm_backward_kernel(
         dgate = grad * n * w * s * (1.0 + gate * (1.0 - s))
         dvalues = scale * (d - n * (tl.sum(d * n, 1, keep_dims=True) / D))
         tl.store(dz + to + c, dgate.to(dz.dtype.element_ty), mask=keep)
-        tl.store(dy + packed + c, dvalues.to(dy.dtype.element_ty), mask=keep)
+        dvalues = dvalues.to(dy.dtype.element_ty)
+        tl.store(dy + packed + c, dvalues, mask=keep)
+        if P:
+            along = tl.sum(tl.reshape(dvalues.to(tl.float32) * xs.to(tl.float32), (ROWS, heads, P)), 2)
+            of_heads += along
+            to = ddiagonal + row.to(tl.int64) * (D // P) + h
+            tl.store(to, along.to(ddiagonal.dtype.element_ty), mask=exists & (h < D // P))
     c = tl.arange(0, BLOCK)
-    tl.store(dweight + tl.program_id(0).to(tl.int64) * D + c, tl.sum(dw, 0), mask=c < D)
+    table += tl.program_id(0).to(tl.int64) * (D + D // P if P else D)
+    tl.store(table + c, tl.sum(dw, 0), mask=c < D)
+    if P:
+        h = tl.arange(0, heads)
+        tl.store(table + D + h, tl.sum(of_heads, 0), mask=h < D // P)
 
 
 @dataclass(frozen=True)
@@ -86,17 +105,19 @@ class NormConfig:
     warps: int = 4
     stages: int = 1
 
-    def launch(self, rows: int, D: int) -> tuple[int, dict[str, int]]:
-        """The grid and the kernel's constants for rows of D."""
+    def launch(self, rows: int, D: int, itemsize: int) -> tuple[int, dict[str, int]]:
+        """The grid and the kernel's constants for rows of D numbers of so many bytes."""
         block = triton.next_power_of_2(D)
         per_tile = max(1, self.elements // block)
+        stages = self.stages if per_tile * block * itemsize <= LARGEST_STAGE else 1
         warps = min(MOST_WARPS, max(1, per_tile * block // self.elements) * self.warps)
-        constants = {"D": D, "BLOCK": block, "ROWS": per_tile, "STAGES": self.stages, "num_warps": warps}
+        constants = {"D": D, "BLOCK": block, "ROWS": per_tile, "STAGES": stages, "num_warps": warps}
         return min(self.programs, triton.cdiv(rows, per_tile)), constants
 
 
 FORWARD = NormConfig()
 BACKWARD = NormConfig(programs=528)
+WITH_DIAGONAL = NormConfig(programs=264, stages=3)
 
 
 def norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, how: NormConfig = FORWARD) -> tuple[Tensor, Tensor]:
@@ -108,27 +129,43 @@ def norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, how: NormConf
     batch, L, D = y.shape
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     rstd = torch.empty(batch, L, dtype=torch.float32, device=y.device)
-    grid, constants = how.launch(batch * L, D)
+    grid, constants = how.launch(batch * L, D, y.itemsize)
     _norm_forward_kernel[(grid,)](y, z, weight, out, rstd, batch * L, L, *z.stride()[:2], eps, **constants)
     return out, rstd
 
 
-def norm_backward(
-    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dz: Tensor,
-    how: NormConfig = BACKWARD,
-) -> Tensor:  # fmt: skip
-    """Writes dy and dz (B, L, D), which may be y and z themselves; returns dweight (D,) in weight's dtype.
+@dataclass(frozen=True)
+class NormGrads:
+    """What a backward pass returns."""
 
-    dout, y and dy are contiguous, z and dz strided views with unit last stride.
+    weight: Tensor  # (D,) in its dtype
+    diagonal: Tensor | None  # (B, L, H) dy . x of each head, in the dtype of x
+    diagonal_sum: Tensor | None  # (H,) the same over batch and tokens, float32
+
+
+def norm_backward(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dz: Tensor, x: Tensor | None = None,
+    how: NormConfig | None = None,
+) -> NormGrads:  # fmt: skip
+    """Writes dy and dz (B, L, D), which may be y and z themselves.
+
+    dout, y and dy are contiguous, z and dz strided views with unit last stride. x (B, L, H, P), H P = D and P a power
+    of two, has its tokens at equal distances, each contiguous; with it the gradients of a diagonal are found.
     """
     _check(y.shape, (dout, y, dy), (z, dz))
     batch, L, D = y.shape
-    grid, constants = how.launch(batch * L, D)
-    dweight = torch.empty(grid, D, dtype=torch.float32, device=y.device)
+    how = how or (BACKWARD if x is None else WITH_DIAGONAL)
+    grid, constants = how.launch(batch * L, D, y.itemsize)
+    H, P = (0, 0) if x is None else x.shape[2:]
+    table = torch.empty(grid, D + H, dtype=torch.float32, device=y.device)
+    apart = 0 if x is None else x.stride(1 if L > 1 else 0)
+    ddiagonal = None if x is None else torch.empty(x.shape[:3], dtype=x.dtype, device=x.device)
     _norm_backward_kernel[(grid,)](
-        dout, y, z, weight, rstd, dy, dz, dweight, batch * L, L, *z.stride()[:2], *dz.stride()[:2], **constants
-    )
-    return dweight.sum(0).to(weight.dtype)
+        dout, y, z, weight, rstd, y if x is None else x, dy, dz, dy if ddiagonal is None else ddiagonal, table,
+        batch * L, L, *z.stride()[:2], *dz.stride()[:2], apart, P=P, **constants,
+    )  # fmt: skip
+    sums = table.sum(0)
+    return NormGrads(sums[:D].to(weight.dtype, copy=True), ddiagonal, None if x is None else sums[D:])
 
 
 def _check(shape: torch.Size, packed: tuple[Tensor, ...], strided: tuple[Tensor, ...]) -> None:

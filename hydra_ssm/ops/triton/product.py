@@ -33,7 +33,6 @@ class Into:
     dC_f: Tensor | None = None
     dB_b: Tensor | None = None
     dC_b: Tensor | None = None
-    ddiagonal_sum: Tensor | None = None  # (H,) float32, over batch and tokens
 
 
 def quasiseparable_forward(
@@ -57,13 +56,15 @@ def quasiseparable_forward(
 def quasiseparable_backward(
     dy: Tensor, x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
     diagonal: Tensor | None = None, states: Tensor | None = None, how: Plan | None = None, into: Into | None = None,
-    decays: Decays | None = None,
+    decays: Decays | None = None, back: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None
 ]:  # fmt: skip
     """Gradients of x, dt_f, dt_b, A, bias, B_f, C_f, B_b, C_b and the diagonal.
 
-    Decays and states are computed again where they are not given. Raw steps get the gradients of what is raw.
+    Decays and states are computed again where they are not given. Raw steps get the gradients of what is raw. Where the
+    diagonal is a projection of x whose gradient is known, `back` takes it to dx (see value_grads) in place of
+    `diagonal`, and the decays hold the diagonal.
     """
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
@@ -82,11 +83,9 @@ def quasiseparable_backward(
     dx = _to(into.dx, x)
     grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
     tiles = value_grads(
-        x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision
+        x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision, back
     )
-    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
-        steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b, into.ddiagonal_sum
-    )
+    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b)
     dB_f, dC_f, dB_b, dC_b = grads
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
 

@@ -144,25 +144,23 @@ def _step_grads_kernel(
     if RAW:
         dA_f *= rate_f
         dA_b *= rate_b
-    sums += pid * (4 * H) + h
+    sums += pid * (3 * H) + h
     tl.store(sums, dA_f, mask=h < H)
     tl.store(sums + H, dA_b, mask=h < H)
     tl.store(sums + 2 * H, raw_f + raw_b, mask=h < H)
     if HAS_DIAGONAL:
         d = tl.load(ddiagonals + at, mask=keep, other=0.0)
-        tl.store(sums + 3 * H, tl.sum(d, 1), mask=h < H)
         to = ddiagonal + batch * L * H + place[None, :] * H + h[:, None]
         tl.store(to, d.to(ddiagonal.dtype.element_ty), mask=keep)
 
 
 def step_grads(
     steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateGrads | None,
-    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None, ddiagonal_sum: Tensor | None = None,
+    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.
 
-    ddt_f and ddt_b are written where given, in the dtype and with the strides that those have, and so is ddiagonal_sum
-    (H,): over batch and tokens, before d diagonal is rounded.
+    ddt_f and ddt_b are written where given, in the dtype and with the strides that those have.
     """
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
@@ -170,7 +168,7 @@ def step_grads(
     state_sums, products = (None, None) if through is None else (through.sums, through.products)
     ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device) if ddt_f is None else ddt_f
     ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device) if ddt_b is None else ddt_b
-    sums = torch.empty(batch * chunks, 4, H, dtype=torch.float32, device=A.device)
+    sums = torch.empty(batch * chunks, 3, H, dtype=torch.float32, device=A.device)
     ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
     block = min(triton.next_power_of_2(H), BLOCK_HEADS)
     _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
@@ -186,6 +184,4 @@ def step_grads(
     )  # fmt: skip
     dA = sums[:, :2].sum((0, 1) if A.ndim == 1 else 0).to(A.dtype)
     dbias = None if bias is None else sums[:, 2].sum(0).to(bias.dtype)
-    if ddiagonal_sum is not None:
-        torch.sum(sums[:, 3], 0, out=ddiagonal_sum)
     return ddt_f, ddt_b, dA, dbias, ddiagonal

@@ -58,6 +58,8 @@ def _value_grads_kernel(
     ids,
     adjoint,
     through,
+    projected,
+    projection,
     dx,
     ddiagonals,
     row_sums,
@@ -101,6 +103,7 @@ def _value_grads_kernel(
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -185,6 +188,13 @@ def _value_grads_kernel(
     other_ys = dy + (o[:, None] * stride_yl + p[None, :])
     dxs = dx + batch * stride_dxb + head0 * stride_dxh + begin * stride_dxl + (j[:, None] * stride_dxl + p[None, :])
     entry = n[:, None] * P + p[None, :]
+    if ALL_HEADS:
+        a = tl.arange(0, ALL_HEADS)
+        H = G * HEADS
+        has_head = a < H
+        heads_of = projected + (batch * L + begin) * H + (j[:, None] * H + a[None, :])
+        back = tl.load(heads_of, mask=inside & has_head[None, :], other=0.0)
+        projection += head0 * P + (a[:, None] * (H * P) + p[None, :])
     for h in tl.range(0, HEADS, num_stages=STAGES):
         at = h * (chunks * Q)
         row_f, row_b, column_f, column_b = load_decays(decays + at * 4, j)
@@ -210,14 +220,18 @@ def _value_grads_kernel(
         column_sum_b = tl.sum(K_b, 1)
         if HAS_DIAGONAL:
             matrix = tl.where(equal, tl.load(diagonals + at + j).to(matrix.dtype)[None, :], matrix)
-            if FOLDED:
-                ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
-            else:  # more exact, and slower
-                ddiagonal = tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1)
-            tl.store(ddiagonals + at + j, ddiagonal)
+            if not ALL_HEADS:
+                if FOLDED:
+                    ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
+                else:  # more exact, and slower
+                    ddiagonal = tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1)
+                tl.store(ddiagonals + at + j, ddiagonal)
         else:
             matrix = tl.where(equal, 0.0, matrix)
         out = tl.dot(matrix.to(dtype), dys, input_precision=PRECISION)
+        if ALL_HEADS:
+            weights = tl.load(projection + h * P, mask=has_head[:, None], other=0.0)
+            out = tl.dot(back, weights, out, input_precision=PRECISION)
         if PAIR:
             far_f, far_b, _, _ = load_decays(decays + at * 4, o)
             dys = tl.load(other_ys + h * stride_yh, mask=(o < limit)[:, None], other=0.0)
@@ -351,9 +365,12 @@ class TileSums:
 def value_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
     adjoint: Tensor | None, through: StateGrads | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
-    Q: int, pair: bool, config: ValueGradsConfig, precision: str,
+    Q: int, pair: bool, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
 ) -> TileSums:  # fmt: skip
-    """Writes dx, which may be x, and the gradients of the four features, whose strides are alike."""
+    """Writes dx, which may be x, and the gradients of the four features, whose strides are alike.
+
+    back: (its gradient (B, L, H), W (H, H P)), both contiguous, where the diagonal is W x: dx gets gradient W as well.
+    """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = triton.cdiv(L, Q)
@@ -363,7 +380,7 @@ def value_grads(
         new(batch, H, chunks * Q, 2),
         new(batch, H, Q) if pair else None,
         new(batch, H, chunks * Q, 2),
-        None if decays.diagonal is None else torch.empty_like(decays.diagonal),
+        None if decays.diagonal is None or back is not None else torch.empty_like(decays.diagonal),
     )
     beside = new(2, batch, G, Q, N) if pair else sums.rows
     parts = sums.rows if through is None else through.through
@@ -371,10 +388,12 @@ def value_grads(
     _value_grads_kernel[(batch * chunks * G * (1 + pair),)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
-        x if adjoint is None else adjoint, parts, dx, sums.rows if sums.diagonal is None else sums.diagonal,
+        x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
+        sums.rows if sums.diagonal is None else sums.diagonal,
         sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
         0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, PAIR=pair, HEADS=H // G,
-        HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None, HAS_STATES=adjoint is not None,
+        HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
+        ALL_HEADS=0 if back is None else max(16, triton.next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
         PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
