@@ -208,6 +208,12 @@ def test_a_rank_above_the_promise_is_seen():
     assert rank(spoiled).below.tolist() == [3, 4, 3, 3]
 
 
+def test_a_diagonal_however_large_hides_no_rank_beside_it():
+    M = torch.randn(9, 2, dtype=torch.float64) @ torch.randn(2, 9, dtype=torch.float64) + 1e20 * torch.eye(9)
+    assert rank(M)[:2] == (2, 2)
+    assert rank(M, tolerance=10.0)[:2] == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("M", "options", "message"),
     [
@@ -293,10 +299,10 @@ class Spread(StructuredMatrix):
 
     def entries(self):
         q = self.q.mT
-        return q[..., :, None] + q[..., None, :] + self.far()[..., None, None]
+        return q[..., :, None] + q[..., None, :] + self.far()
 
     def far(self):
-        return self.q.mT.mean(-1)
+        return self.q.mT.mean(-1)[..., None, None]
 
     def multiply(self, x):
         raise NotImplementedError
@@ -304,12 +310,24 @@ class Spread(StructuredMatrix):
 
 class LastToken(Spread):
     def far(self):
-        return self.q.mT[..., -1]
+        return self.q.mT[..., -1, None, None]
 
 
 class FirstToken(Spread):
     def far(self):
-        return self.q.mT[..., 0]
+        return self.q.mT[..., 0, None, None]
+
+
+class NextToken(Spread):
+    def far(self):
+        place = torch.arange(self.q.shape[1])
+        return self.q.mT[..., (torch.maximum(place[:, None], place) + 1).clamp(max=place[-1])]
+
+
+class TokenBefore(Spread):
+    def far(self):
+        place = torch.arange(self.q.shape[1])
+        return self.q.mT[..., (torch.minimum(place[:, None], place) - 1).clamp(min=0)]
 
 
 class RowScale(Spread):
@@ -322,7 +340,14 @@ class RowScale(Spread):
 
 @pytest.mark.parametrize(
     ("matrix", "kind"),
-    [(Spread, "no"), (LastToken, "no"), (FirstToken, "leading blocks"), (RowScale, "up to row factors")],
+    [
+        (Spread, "no"),
+        (LastToken, "no"),
+        (NextToken, "no"),
+        (FirstToken, "leading blocks"),
+        (TokenBefore, "leading blocks"),
+        (RowScale, "up to row factors"),
+    ],
 )
 def test_a_class_that_looks_beyond_a_block_is_found_out(matrix, kind):
     assert alignment(matrix).kind == kind

@@ -1,5 +1,7 @@
 """hydra-ssm inspect: one command, a table, a picture, and a page that is read in a browser."""
 
+import base64
+import contextlib
 import io
 import json
 import re
@@ -53,9 +55,15 @@ def here(model, tmp_path, monkeypatch):
     return tmp_path
 
 
-def seen(folder, text):
+def element(text, name):
+    """What a script element of a page holds."""
+    return re.search(rf'<script[^>]* id="{name}">(.*?)</script>', text, re.DOTALL)[1]
+
+
+def seen(folder, text, in_float32=False):
     """Tokens and mixings, found without the command."""
     loaded = TextModel(Path(folder))
+    loaded.model = loaded.model.float() if in_float32 else loaded.model
     inputs = loaded.tokenizer([text], return_tensors="pt")
     tokens = loaded.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     with torch.no_grad():
@@ -65,9 +73,17 @@ def seen(folder, text):
 # ------------------------------------------------------------------------------------------------------- the command
 
 
-def test_one_command_names_every_layer_and_writes_a_picture_and_a_page(here, capsys):
-    assert main(["inspect", "model", SENTENCE, "--out", "seen"]) == 0
-    out = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def written(model, tmp_path_factory):
+    """What the command leaves and says."""
+    folder = tmp_path_factory.mktemp("written")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["inspect", str(model), SENTENCE, "--out", str(folder / "seen")]) == 0
+    return folder / "seen", out.getvalue()
+
+
+def test_one_command_names_every_layer_and_writes_a_picture_and_a_page(written):
+    folder, out = written
     rows = {line.split()[0]: line for line in out.splitlines() if re.match(r"\d+  +[a-z]", line)}
     assert len(rows) == len(SPECS)
     for layer, spec in enumerate(SPECS):
@@ -84,7 +100,7 @@ def test_one_command_names_every_layer_and_writes_a_picture_and_a_page(here, cap
     assert re.split(r"  +", rows["2"])[3:] == ["3", "3", "3", "at most 3 everywhere", "aligned"]
     assert re.split(r"  +", rows["1"])[6:] == ["none", "up to row factors"]
     assert "NOT KEPT" not in out
-    assert sorted(path.name for path in Path("seen").iterdir()) == ["matrices.html", "matrices.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["matrices.html", "matrices.png"]
 
 
 def test_the_page_and_the_picture_go_into_the_models_folder_and_replace_only_their_own(here, capsys):
@@ -151,10 +167,30 @@ def test_learned_positions_limit_the_text_too(here, capsys):
 
 def test_a_classifier_and_a_model_in_half_precision_are_looked_at_as_well(here, capsys):
     save_model(Path("classifier"), ["hydra"], HydraForSequenceClassification)
-    model = HydraForMaskedLM.from_pretrained("classifier").bfloat16()
-    model.save_pretrained("classifier")
-    assert main(["inspect", "classifier", "the cat"]) == 0
-    assert "quasiseparable" in capsys.readouterr().out
+    HydraForMaskedLM.from_pretrained("classifier").bfloat16().save_pretrained("half")
+    TextModel(Path("classifier")).tokenizer.save_pretrained("half")
+    assert main(["inspect", "classifier", SENTENCE]) == 0
+    assert main(["inspect", "half", SENTENCE]) == 0
+    assert capsys.readouterr().out.count("quasiseparable") == 2
+    text = Path("half", "inspect", "matrices.html").read_text(encoding="utf-8")
+    (head, *_), *_ = [layer["heads"] for layer in json.loads(element(text, "data"))["layers"]]
+    tokens, (found,) = seen("half", SENTENCE, in_float32=True)
+    held = np.frombuffer(base64.b64decode(element(text, "weights")), "<f2").astype(np.float32) * head["scale"]
+    M = held[: len(tokens) ** 2].reshape(len(tokens), -1)
+    np.testing.assert_allclose(M, found.matrices[0][0], rtol=1e-3, atol=1e-3 * head["scale"])
+
+
+def test_a_model_that_has_diverged_is_named_as_such(here, capsys):
+    save_model(Path("diverged"), ["hydra", "hydra"])
+    model = HydraForMaskedLM.from_pretrained("diverged")
+    torch.nn.init.constant_(model.model.encoder.layers[1].mixer.A_log, torch.nan)
+    model.save_pretrained("diverged")
+    capsys.readouterr()
+    assert main(["inspect", "diverged", "the cat"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "hydra-ssm: error: the matrices of diverged must be finite, those of layer 1 are not\n"
+    )
+    assert not Path("diverged", "inspect").exists()
 
 
 def test_a_stack_without_any_matrix_is_no_crash(here, capsys):
@@ -264,6 +300,15 @@ def test_zero_is_white_and_signs_are_told_apart(tmp_path):
         assert at(1, 0)[2] > 2 * at(1, 0)[0]
 
 
+def test_tokens_of_any_letters_are_drawn_as_they_are(tmp_path, recwarn):
+    tokens = ["$\\frac$", "a_b^c$x$", "漢字", "\x00\t", "w" * 300]
+    figure = draw([fake(torch.randn(5, 5))], tokens)
+    save(figure, tmp_path / "seen.png")
+    words = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert words == [*tokens[:3], "··", "w" * 13 + "…"]
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
+
+
 def test_a_free_diagonal_leaves_the_rest_visible_and_an_empty_matrix_has_colours():
     M = 0.01 * torch.randn(20, 20) + 5 * torch.eye(20)
     assert 0.01 < colour_limit(M) < 0.05
@@ -298,7 +343,7 @@ def test_the_page_is_one_file_without_an_address_and_text_is_never_markup(model)
     assert "default-src 'none'" in text
     assert text.count("<script") == text.count("</script>") == 3
     assert "<img" not in text
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    data = json.loads(element(text, "data"))
     assert data["tokens"] == tokens
     assert data["summary"] == SENTENCE
 
@@ -313,12 +358,10 @@ needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromiu
 
 
 @pytest.fixture(scope="module")
-def opened(model, tmp_path_factory):
+def opened(model, written, tmp_path_factory):
     """The page of the sentence in a browser; its tokens and mixings."""
-    folder = tmp_path_factory.mktemp("browser")
-    assert main(["inspect", str(model), SENTENCE, "--out", str(folder)]) == 0
-    with browser(folder / "profile") as tab:
-        tab.file = folder / "matrices.html"
+    with browser(tmp_path_factory.mktemp("profile")) as tab:
+        tab.file = written[0] / "matrices.html"
         yield tab, *seen(model, SENTENCE)
 
 
@@ -352,7 +395,7 @@ def test_the_browser_holds_the_weights_of_every_layer_and_head(opened, tab):
         assert tab.run(f"layers[{index}].heads.length") == len(heads)
         for head, M in enumerate(heads):
             held = torch.tensor(tab.run(f"Array.from(weights(layers[{index}].heads[{head}]))")).reshape(M.shape)
-            torch.testing.assert_close(held, M, rtol=1e-3, atol=1e-6 * float(M.abs().max()))
+            torch.testing.assert_close(held, M, rtol=1e-3, atol=1e-9 * float(M.abs().max()))
 
 
 @needs_browser
@@ -500,11 +543,15 @@ def test_the_screenshot_shows_the_matrix_in_light_and_dark(opened, tab, tmp_path
 @needs_browser
 def test_long_tokens_and_a_narrow_window_do_not_break_the_page(opened, tmp_path):
     tab, *_ = opened
-    tokens = ["w" * 300, "\u202eevil", "\x00\x07", "漢字", "🙂", "a" * 30]
+    tokens = ["w" * 300, "\u202eevil", "\x00\x07", "漢字🙂", '<img src=x onerror="window.bad = 1">', "</script><b>"]
     path = tmp_path / "long.html"
     path.write_text(page([fake(torch.randn(3, 6, 6))], tokens), encoding="utf-8")
     tab.open(path, width=400, height=700)
     tab.mouse(*place(tab, 0, 1))
     assert text_of(tab, "hint").startswith("w" * 300 + " (0) reads")
+    shown = tab.run("[...document.querySelectorAll('#column span')].map(s => s.textContent)")
+    assert shown == [*tokens[:2], "··", *tokens[3:]]
+    assert tab.run("[window.bad, document.images.length]") == [None, 0]
+    assert [url for url in tab.requests if not url.startswith("data:")] == [path.as_uri()]
     assert tab.run("document.documentElement.scrollWidth") <= 400
     assert tab.complaints == []

@@ -16,11 +16,12 @@ from .picture import colour_limit
 
 TEMPLATE = Path(__file__).with_name("page.html")
 GENERATOR = '<meta name="generator" content="hydra-ssm inspect">'  # tells a page that may be replaced
+LARGEST = 2.0**15  # near the end of float16
 BYTES = 12_000_000  # of the weights that a page holds: 2 a weight; a third more as text
 
 
 def page(mixings: Sequence[Mixing], tokens: Sequence[str], *, title: str = "", summary: str = "") -> str:
-    """The page of the first document, whose tokens these are. Weights are kept as float16 relative to the largest.
+    """The page of the first document, whose tokens these are. Weights are kept as float16 of a scale for each.
 
     Text may hold anything: it never reaches the browser as markup. See `fits` for the size.
     """
@@ -51,9 +52,9 @@ def fits(tokens: int) -> int:
 
 
 def _packed(M: Tensor) -> tuple[bytes, float]:
-    """Little-endian float16 of M / scale, and the scale."""
-    largest = float(M.abs().max()) or 1.0
-    return (M / largest).to(torch.float16).cpu().contiguous().numpy().astype("<f2").tobytes(), largest
+    """Little-endian float16 of M / scale, and the scale, by which three digits hold down to 1e-9 of the largest."""
+    scale = (float(M.abs().max()) or 1.0) / LARGEST
+    return (M / scale).to(torch.float16).cpu().contiguous().numpy().astype("<f2").tobytes(), scale
 
 
 def _script_safe(text: str) -> str:

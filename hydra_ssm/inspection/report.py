@@ -29,14 +29,17 @@ def inspect(
 ) -> str:
     """Write PNG and HTML into the folder `out`, and return what there is to say.
 
-    Raises ValueError where there is no model, no word, too long a text, no such layers or heads, or a file of another
-    origin where one is to be written.
+    Raises ValueError where there is no model, no word, too long a text, no such layers or heads, a matrix that is not
+    finite, or a file of another origin where one is to be written.
     """
     check_out(out)
     model = TextModel(folder)
     inputs, tokens = _tokens(model, text)
     with torch.no_grad():
         found = mixing_matrices(model.model.float(), layers=layers, heads=heads, **inputs)
+    broken = [mixing.layer for mixing in found if not all(M.isfinite().all() for M in mixing.matrices)]
+    if broken:
+        raise ValueError(f"the matrices of {folder} must be finite, those of layer {broken[0]} are not")
     held = _that_fit(found, fits(len(tokens)), heads is not None)
     shown = _overview(found, layers is None, heads is None)
     summary = f"{_plural(len(tokens), 'token')}, {_plural(len(found), 'layer')}\n\n{table(found)}"
