@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import closed_form
-
-SMALL = 1 << 20  # elements that are computed together whatever the size of x
+from ._parts import parts
 
 
 def rank(angle: float, tolerance: float) -> int:
@@ -31,8 +30,8 @@ def rank(angle: float, tolerance: float) -> int:
 def cosines(q: Tensor, k: Tensor, x: Tensor, frequency: float, nodes: int) -> Tensor:
     """y_i = sum_jd (cos(w q_id j) - cos(w k_jd i)) x_j, w = frequency, differentiable once.
 
-    q and k (n, L, d), x (n, L, P), all float32 or float64. Time O(n L nodes (d + P)); cosines are computed for a few
-    nodes at a time, so that they take no more memory than a few x, and found again for the gradient.
+    q and k (n, L, d), x (n, L, P), all float32 or float64. Time O(n L nodes (d + P)); cosines are computed for some
+    tokens at a time, so that they take no more memory than a few x or a constant, and found again for the gradient.
     """
     places, E = _interpolation(x.shape[1], nodes, x)
     return _Cosines.apply(q, k, x, places * (frequency / 2), E)
@@ -64,32 +63,28 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, x: Tensor, half: Tensor, E: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, x, half, E)
-        y = torch.zeros_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            for h, basis in _parts(q, x, half, E):
-                y.baddbmm_(_features(q, h), basis.mT @ x)
-                y.sub_(basis @ (_features(k, h).mT @ x))
-        return y
+            moments, state = E.mT @ x, x.new_zeros(x.shape[0], len(half), x.shape[2])
+            y = torch.empty_like(x)
+            for n, tokens in parts(x, q.shape[2] * len(half)):
+                for t in tokens:
+                    y[n, t] = _features(q[n, t], half) @ moments[n]
+                    state[n].baddbmm_(_features(k[n, t], half).mT, x[n, t])
+            return y - E @ state
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, x, half, E = ctx.saved_tensors
-        dq, dk, dx = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(x)
-        for h, basis in _parts(q, x, half, E):
-            moments, adjoint = basis.mT @ x, basis.mT @ grad  # (n, nodes, P)
-            dx.add_(basis @ (_features(q, h).mT @ grad))
-            dx.baddbmm_(_features(k, h), adjoint, alpha=-1)
-            dq.sub_(_slopes(q, h, grad @ moments.mT))
-            dk.add_(_slopes(k, h, x @ adjoint.mT))
-        return dq, dk, dx, None, None
-
-
-def _parts(q: Tensor, x: Tensor, half: Tensor, E: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    """As many nodes at a time as take four times the numbers of x, summed over d."""
-    n, length, d = q.shape
-    size = max(1, 4 * x.shape[2] // d, SMALL // (n * length * d))
-    return zip(half.split(size), E.split(size, 1), strict=True)
+        moments, adjoint = E.mT @ x, E.mT @ grad  # (n, nodes, P)
+        dq, dk, dx, state = torch.empty_like(q), torch.empty_like(k), torch.empty_like(x), torch.zeros_like(adjoint)
+        for n, tokens in parts(x, q.shape[2] * len(half)):
+            for t in tokens:
+                state[n].baddbmm_(_features(q[n, t], half).mT, grad[n, t])
+                dx[n, t] = _features(k[n, t], half) @ adjoint[n]
+                dq[n, t] = -_slopes(q[n, t], half, grad[n, t] @ moments[n].mT)
+                dk[n, t] = _slopes(k[n, t], half, x[n, t] @ adjoint[n].mT)
+        return dq, dk, E @ state - dx, None, None
 
 
 def _features(q: Tensor, half: Tensor) -> Tensor:

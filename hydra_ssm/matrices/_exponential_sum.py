@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd import closed_form
-
-SMALL = 1 << 20  # elements of factors that are computed together whatever the size of x
+from ._parts import AT_ONCE, cuts, on_cpu, parts
 
 
 def exponential_sum(alpha: Tensor, beta: Tensor, scale: Tensor, exponents: Tensor, x: Tensor) -> Tensor:
@@ -21,21 +22,10 @@ def exponential_sum(alpha: Tensor, beta: Tensor, scale: Tensor, exponents: Tenso
         exponents: s (K,), positive.
         x: (n, L, P). The factors are rounded to its dtype, and all products are in it.
 
-    Time O(L d K P). A few terms d are taken at a time, so that the factors take no more memory than a few x, and found
-    again for the gradient.
+    Time O(n L d K P). The factors are computed in parts that take no more memory than x or a constant, and found again
+    for the gradient.
     """
     return _Sum.apply(alpha, beta, scale, exponents, x)
-
-
-def _factor(angle: Tensor, scale: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(l - s a) (n, d K, L)."""
-    wide = torch.addcmul(scale[..., None], angle[:, :, None], s[:, None], value=-1)
-    return wide.exp_().to(dtype).flatten(1, 2)
-
-
-def _at_once(x: Tensor, terms: int) -> int:
-    """How many d together: factors of up to four times the numbers of x."""
-    return max(1, 4 * x.shape[2] // terms, SMALL // (x.shape[0] * x.shape[1] * terms))
 
 
 class _Sum(torch.autograd.Function):
@@ -44,27 +34,60 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(alpha, beta, scale, s, x)
         y = torch.zeros_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            size = _at_once(x, len(s))
-            for a, b, l in zip(*(t.split(size, 1) for t in (alpha, beta, scale)), strict=True):  # noqa: E741
-                state = _factor(b, l, s, x.dtype) @ x
-                y.baddbmm_(_factor(a, l, s, x.dtype).mT, state)
+            for n, terms, tokens in _parts(alpha, x, s):
+                factor = partial(_factor, scale[n, terms], s, x.dtype)
+                state = _added(factor(beta[n, terms, t]) @ x[n, t] for t in tokens).to(x.dtype)
+                for t in tokens:
+                    y[n, t].baddbmm_(factor(alpha[n, terms, t]).mT, state)
         return y
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
         alpha, beta, scale, s, x = ctx.saved_tensors
-        dx, dalpha, dbeta = torch.zeros_like(x), [], []
-        size = _at_once(x, len(s))
-        for a, b, l in zip(*(t.split(size, 1) for t in (alpha, beta, scale)), strict=True):  # noqa: E741
-            rows, columns = _factor(a, l, s, x.dtype), _factor(b, l, s, x.dtype)
-            state, adjoint = columns @ x, rows @ grad
-            dx.baddbmm_(columns.mT, adjoint)
-            dalpha.append(_angle_grad(rows, state @ grad.mT, s))
-            dbeta.append(_angle_grad(columns, adjoint @ x.mT, s))
-        return torch.cat(dalpha, 1), torch.cat(dbeta, 1), None, None, dx
+        dx, dalpha, dbeta = torch.zeros_like(x), torch.zeros_like(alpha), torch.zeros_like(beta)
+        for n, terms, tokens in _parts(alpha, x, s):
+            factor = partial(_factor, scale[n, terms], s, x.dtype)
+            rows, columns = (_found(factor, angle[n, terms], tokens) for angle in (alpha, beta))
+            state = _added(columns(t) @ x[n, t] for t in tokens).to(x.dtype)
+            adjoint = _added(rows(t) @ grad[n, t] for t in tokens).to(x.dtype)
+            for t in tokens:
+                own = columns(t)
+                dx[n, t].baddbmm_(own.mT, adjoint)
+                dbeta[n, terms, t] = _angle_grad(own, adjoint @ x[n, t].mT, s)
+                dalpha[n, terms, t] = _angle_grad(rows(t), state @ grad[n, t].mT, s)
+        return dalpha, dbeta, None, None, dx
+
+
+def _parts(alpha: Tensor, x: Tensor, s: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Which n, which d, and cuts of their tokens: the factors of all d if tokens are few at a time, or the reverse."""
+    n, d, length = alpha.shape
+    if on_cpu(x):
+        yield from ((own, slice(None), tokens) for own, tokens in parts(x, d * len(s)))
+    else:
+        for terms in cuts(d, max(x.shape[2] // len(s), AT_ONCE // (n * length * len(s)))):
+            yield slice(None), terms, [slice(None)]
+
+
+def _found(factor: Callable[[Tensor], Tensor], angle: Tensor, tokens: list[slice]) -> Callable[[slice], Tensor]:
+    """The factor at the tokens of a cut: computed once if there is one cut, each time if there are more."""
+    if len(tokens) > 1:
+        return lambda t: factor(angle[..., t])
+    once = factor(angle)
+    return lambda t: once
+
+
+def _factor(scale: Tensor, s: Tensor, dtype: torch.dtype, angle: Tensor) -> Tensor:
+    """exp(l - s a) (n, d K, L)."""
+    wide = torch.addcmul(scale[..., None], angle[:, :, None], s[:, None], value=-1)
+    return wide.exp_().to(dtype).flatten(1, 2)
 
 
 def _angle_grad(factor: Tensor, grad: Tensor, s: Tensor) -> Tensor:
     """Of a (n, d, L), where the factor is exp(l - s a) (n, d K, L) and its gradient is given."""
     return -torch.einsum("ndkl,k->ndl", factor.mul(grad).unflatten(1, (-1, len(s))).to(s.dtype), s)
+
+
+def _added(products: Iterable[Tensor]) -> Tensor:
+    """Their sum, in float32 at least if there are several."""
+    return reduce(lambda total, part: total.to(torch.promote_types(total.dtype, torch.float32)) + part, products)

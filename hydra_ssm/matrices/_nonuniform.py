@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from .._autograd import closed_form
 from ._cosines import cosines, rank
 from ._fft import fast_length
+from ._parts import AT_ONCE, IN_CACHE, on_cpu
 
 LITTLE = 4.0  # an angle at the last token, halved
-AT_ONCE = 1 << 21  # numbers that are computed together
 
 
 def any_cosines(q: Tensor, k: Tensor, x: Tensor, turns: float, tolerance: float) -> Tensor:
@@ -142,10 +142,10 @@ def _blocks(
 ) -> Iterator[tuple[Taps, Taps, tuple[Tensor, ...]]]:
     """Some tokens at a time, of whatever sequence: `grid.taps` of q and of k, and their rows of the values (n, L, P).
 
-    As many as keep what is computed for each tap within a processor's cache, on a GPU within a few times x.
+    As many as keep what is computed for each tap within a processor's cache, elsewhere within a few times x.
     """
     x = values[0]
-    numbers = max(AT_ONCE, 8 * x.numel()) if x.is_cuda else AT_ONCE
+    numbers = 2 * IN_CACHE if on_cpu(x) else max(AT_ONCE, 8 * x.numel())
     size = max(1, numbers // (q.shape[2] * grid.width * x.shape[2]))
     start = torch.arange(x.shape[0], device=x.device).repeat_interleave(x.shape[1]) * (grid.size // 2 + 1)
     parts = (t.flatten(0, 1).split(size) for t in (q, k, rows, columns, *values))

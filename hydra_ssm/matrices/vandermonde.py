@@ -17,7 +17,7 @@ from ._terms import sum_over_features
 from .base import Feature, Inputs, Settings, StructuredMatrix
 
 FREQUENCY = 1e-3  # turns a token, for a feature of 1 (the paper's)
-MOST_NODES = 128  # of the interpolation; beyond, a non-uniform FFT is faster
+MOST_NODES = 192  # of the interpolation; beyond, a non-uniform FFT is faster
 
 
 @dataclass(frozen=True)
