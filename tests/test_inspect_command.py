@@ -193,6 +193,15 @@ def test_a_model_that_has_diverged_is_named_as_such(here, capsys):
     assert not Path("diverged", "inspect").exists()
 
 
+def test_layers_may_have_fewer_heads_than_others(here, capsys):
+    save_model(Path("hybrid"), ["attention", "hydra", "mult"])  # the Transformer's attention has half as many
+    assert main(["inspect", "hybrid", "the cat", "--heads", "3"]) == 0
+    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[3:6]]
+    assert rows[0] == ["0", "attention", "none of these heads, it has 2"]
+    assert rows[1][:3] == ["1", "quasiseparable", "1"]
+    assert rows[2][2].startswith("no matrix")
+
+
 def test_a_stack_without_any_matrix_is_no_crash(here, capsys):
     save_model(Path("mult"), ["mult", "mult"])
     assert main(["inspect", "mult", "the cat"]) == 0
@@ -321,9 +330,9 @@ def test_twelve_layers_of_24_heads_are_drawn_at_a_size_that_can_be_read():
     figure = draw([fake(torch.randn(24, 20, 20), layer) for layer in range(12)], tokens)
     assert len(figure.axes) == 288
     width, height = figure.get_size_inches() * figure.dpi
-    assert figure.axes[0].get_window_extent().width >= 180  # nine pixels a token
+    assert figure.axes[0].get_window_extent().width >= 200  # ten pixels a token
     assert width * height < 16_000_000
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] in (tokens[:2], tokens[:3:2])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == tokens[:2]
 
 
 def fake(M, layer=0):

@@ -27,7 +27,7 @@ LETTER = 10  # pixels that a line of a token's text needs
 MOST_FOR_TEXT = 400  # pixels that a side grows to, so that each token has its text
 LONGEST = 14  # letters of a token that are shown
 TITLE, GAP = 18, 14
-MOST = 10_000_000  # pixels of a picture
+MOST = 12_000_000  # pixels of a picture
 
 
 def colour_limit(M: Tensor) -> float:

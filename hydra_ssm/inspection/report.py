@@ -162,10 +162,9 @@ def table(mixings: Sequence[Mixing]) -> str:
 
 def _affordable(n: int, count: int, layers: int) -> tuple[int, list[int] | None]:
     """How many heads of a layer, and at which cuts (None: all), so that it takes seconds."""
-    places = n - 1
-    if count * n**3 * (1 + places / 4) <= EFFORT:
+    if count * n**3 * (1 + (n - 1) / 4) <= EFFORT:
         return count, None
-    cuts = [1 + k for k in _evenly(places, 3)] if places < 8 else [n // 4, n // 2, n - n // 4]
+    cuts = [n // 4, n // 2, n - n // 4]
     most = int(EFFORT / (n**3 * (1 + len(cuts) / 4)) / max(1, layers))
     return max(1, most), cuts
 
@@ -177,6 +176,8 @@ def _row(mixing: Mixing, most: int, cuts: list[int] | None) -> tuple[str, ...]:
     name += "" if mixer.data_dependent or not mixer.matrix_class.data_dependent else ", fixed"
     if mixing.missing:
         return (str(mixing.layer), name, f"no matrix: {mixing.missing}")
+    if not mixing.heads:
+        return (str(mixing.layer), name, f"none of these heads, it has {mixer.settings.nheads}")
     M = _some_heads(mixing, most).matrices[0]
     order = mixer.settings.d_state
     promised = promise(mixer.matrix_class, order)

@@ -179,7 +179,7 @@ class HydraModel(HydraPreTrainedModel):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "output_attentions must be False: these mixers have no attention maps, "
-                "look at encoder.layers[i].mixer.matrix(h).dense()"
+                "hydra_ssm.inspection.mixing_matrices gives what they mix with"
             )
         mask = self._mask(attention_mask)
         words = self._words(input_ids, inputs_embeds, mask)
