@@ -7,16 +7,27 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
+LONGEST = 120  # seconds that a browser lives
+
+
+@cache
 def find_browser() -> str | None:
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """The first that runs: a name may also stand for advice on how to install one."""
+    return next(filter(_runs, filter(None, map(shutil.which, NAMES))), None)
+
+
+def _runs(program: str) -> bool:
+    return subprocess.run([program, "--version"], capture_output=True, timeout=60).returncode == 0
 
 
 class Page:
@@ -118,12 +129,15 @@ def browser(profile: Path) -> Iterator[Page]:
     os.close(theirs_in)
     os.close(theirs_out)
     page = None
+    deadline = threading.Timer(LONGEST, process.kill)  # what waits for it then finds it ended
+    deadline.start()
     try:
         page = Page(ours_out, ours_in)
         yield page
         page._session = ""
         page.call("Browser.close")
     finally:
+        deadline.cancel()
         try:
             process.wait(timeout=10)
         except subprocess.TimeoutExpired:
