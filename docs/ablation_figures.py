@@ -9,6 +9,7 @@ results/ablation_unmatched.json, whose figures stand beside the paper's.
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,15 @@ def all_rows(report: Report) -> list[str]:
     """Every row of a report, the best first."""
     plan, data = report["plan"], report["data"]
     baseline = data["baseline"]
+    setting = report["setting"][0].upper() + report["setting"][1:]
+    about = (
+        f"`{report['command']}`, {report['date']}. **{setting}.** {plan['layers']} layers of width {plan['d_model']}, "
+        f"{plan['steps']:,} steps of {plan['batch_size']} x {plan['length']} tokens, {data['train_rows']:,} rows of "
+        f"text to train on, {data['held_out_rows']:,} held out. Means and standard deviations over the seeds. Times "
+        f"{clock(report)}."
+    )
     lines = [
-        f"`{report['command']}`, {report['date']}. **{report['setting'][0].upper()}{report['setting'][1:]}.** "
-        f"{plan['layers']} layers of width {plan['d_model']}, {plan['steps']:,} steps of {plan['batch_size']} x "
-        f"{plan['length']} tokens, {data['train_rows']:,} rows of text to train on, "
-        f"{data['held_out_rows']:,} held out. Means and standard deviations over the seeds. Times {clock(report)}.",
-        "",
+        textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False), "",
         "| row | N | parameters | held-out loss | accuracy, % | ms a step | seeds |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in report["rows"]:

@@ -14,6 +14,7 @@ from typing import Any
 from ..._extras import require
 from ..checkpoints import whole_file
 from .data import Data
+from .models import REFERENCE
 from .plan import Plan
 from .run import DATA, Key, Record, finished, steps_done
 
@@ -144,23 +145,24 @@ def write_csv(report: dict[str, Any], path: Path) -> None:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Held-out loss by step, mean and range over the seeds; a panel for each form, and one for the scans."""
     # Without pyplot: no display, no global state.
-    figure = require("matplotlib.figure", "train").Figure(figsize=(11, 6.5), layout="constrained")
+    figure = require("matplotlib.figure", "train").Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     runs = [run for run in report["runs"] if "diverged" not in run]
     for ax, (title, belongs) in zip(axes, PANELS.items(), strict=True):
+        baseline = report["data"]["baseline"]["loss"]
+        ax.axhline(baseline, color="grey", linestyle=":", label=f"word frequencies alone  {baseline:.3f}")
         _panel(ax, [run for run in runs if belongs(run)], _colors(runs))
-        ax.axhline(report["data"]["baseline"]["loss"], color="grey", linestyle="--", linewidth=0.8)
         ax.set(title=title, xlabel="step")
-    axes[0].set_ylabel("held-out loss (nats); dashed grey: word frequencies alone")
+    axes[0].set_ylabel("held-out loss (nats)")
     figure.suptitle(f"{report['plan']['size']} ablation, {report['setting']}", fontsize=10)
     with whole_file(path) as part:
-        figure.savefig(part, dpi=90, format="png")
+        figure.savefig(part, dpi=90, format="png", pil_kwargs={"optimize": True})
 
 
 PANELS: dict[str, Callable[[Record], bool]] = {
     "data dependent": lambda run: run["data_dependent"] and run["matrix"] not in ONE_WAY,
     "fixed": lambda run: not run["data_dependent"] and run["matrix"] not in ONE_WAY,
-    "one scan, and two combined": lambda run: run["matrix"] in ONE_WAY or run["row"] == "quasiseparable",
+    "one scan, and two combined": lambda run: run["matrix"] in ONE_WAY or run["row"] == REFERENCE,
 }
 
 
@@ -168,7 +170,8 @@ def _colors(runs: list[Record]) -> dict[str, str]:
     """Of each matrix class, the same in all panels."""
     matrices = dict.fromkeys(run["matrix"] for run in runs)
     groups = [name for name in matrices if name not in ONE_WAY], [name for name in matrices if name in ONE_WAY]
-    return {name: f"C{number % 10}" for group in groups for number, name in enumerate(group)}
+    colors = {name: f"C{number % 10}" for group in groups for number, name in enumerate(group)}
+    return colors | {REFERENCE: "black"}  # which is in two panels
 
 
 def _panel(ax: Any, runs: list[Record], colors: dict[str, str]) -> None:
@@ -183,5 +186,4 @@ def _panel(ax: Any, runs: list[Record], colors: dict[str, str]) -> None:
         step, color = first["held_out"]["step"], colors[first["matrix"]]
         ax.plot(step, [mean(p) for p in points], style, color=color, label=f"{row}  {ends[row]:.3f}", linewidth=1.2)
         ax.fill_between(step, [min(p) for p in points], [max(p) for p in points], color=color, alpha=0.1, linewidth=0)
-    if by_row:
-        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
