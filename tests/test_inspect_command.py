@@ -18,7 +18,7 @@ from PIL import Image
 
 from hydra_ssm import MATRICES, MatrixMixer
 from hydra_ssm.cli import main
-from hydra_ssm.inspection import Mixing, mixing_matrices, report
+from hydra_ssm.inspection import Mixing, mixing_matrices, picture, report
 from hydra_ssm.inspection.page import BYTES, fits, page
 from hydra_ssm.inspection.picture import colour_limit, draw, save
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification
@@ -169,7 +169,7 @@ def test_a_classifier_and_a_model_in_half_precision_are_looked_at_as_well(here, 
     save_model(Path("classifier"), ["hydra"], HydraForSequenceClassification)
     HydraForMaskedLM.from_pretrained("classifier").bfloat16().save_pretrained("half")
     TextModel(Path("classifier")).tokenizer.save_pretrained("half")
-    assert main(["inspect", "classifier", SENTENCE]) == 0
+    assert main(["inspect", "classifier", "the cat"]) == 0
     assert main(["inspect", "half", SENTENCE]) == 0
     assert capsys.readouterr().out.count("quasiseparable") == 2
     text = Path("half", "inspect", "matrices.html").read_text(encoding="utf-8")
@@ -218,16 +218,17 @@ def test_help_teaches(capsys):
 
 
 def test_a_long_text_is_thinned_out_and_takes_seconds(here, capsys):
-    """8 heads of a Hydra and of a Cauchy layer, 512 tokens: dense, ranks, picture and page, on one core."""
+    """12 heads of a Hydra and of a Cauchy layer, 512 tokens: dense, ranks, picture and page, on one core."""
     save_model(
-        Path("long"), ["hydra", {"matrix": "cauchy"}, "hydra", "hydra"],
-        hidden_size=64, headdim=16, d_state=16, max_position_embeddings=-1,
+        Path("long"), ["hydra", {"matrix": "cauchy"}],
+        hidden_size=96, headdim=16, d_state=16, max_position_embeddings=-1,
     )  # fmt: skip
     start = time.perf_counter()
     assert main(["inspect", "long", "cat dog " * 255]) == 0
     assert time.perf_counter() - start < 30
     out = capsys.readouterr().out
-    assert "matrices.html: 20 of 32 matrices, --layers and --heads choose others" in out
+    assert "matrices.html: 22 of 24 matrices, --layers and --heads choose others" in out
+    assert "matrices.png: 16 of 24 matrices, --layers and --heads choose others" in out
     assert Path("long", "inspect", "matrices.html").stat().st_size < 1.4 * BYTES
     with Image.open("long/inspect/matrices.png") as image:
         assert image.width * image.height < 15_000_000
@@ -327,12 +328,14 @@ def test_a_free_diagonal_leaves_the_rest_visible_and_an_empty_matrix_has_colours
 
 def test_twelve_layers_of_24_heads_are_drawn_at_a_size_that_can_be_read():
     tokens = [f"token{k}" for k in range(20)]
-    figure = draw([fake(torch.randn(24, 20, 20), layer) for layer in range(12)], tokens)
-    assert len(figure.axes) == 288
-    width, height = figure.get_size_inches() * figure.dpi
-    assert figure.axes[0].get_window_extent().width >= 200  # ten pixels a token
-    assert width * height < 16_000_000
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == tokens[:2]
+    side, step = picture._sizes(20, 12, 24)
+    assert side >= 200  # ten pixels a token
+    assert step == 1
+    assert 12 * 24 * side**2 < 13_000_000
+    figure = draw([fake(torch.randn(24, 20, 20), layer) for layer in range(2)], tokens)
+    assert len(figure.axes) == 48
+    assert figure.axes[0].get_window_extent().width == pytest.approx(200)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == tokens
 
 
 def fake(M, layer=0):
@@ -521,8 +524,8 @@ def test_tokens_are_text_and_nothing_is_asked_from_anywhere(opened, tab):
     assert tab.complaints == []
 
 
-def pixel_of(picture, x, y):
-    with Image.open(io.BytesIO(picture)) as image:
+def pixel_of(taken, x, y):
+    with Image.open(io.BytesIO(taken)) as image:
         return image.convert("RGB").getpixel((int(x), int(y)))
 
 
@@ -534,15 +537,15 @@ def test_the_screenshot_shows_the_matrix_in_light_and_dark(opened, tab, tmp_path
     tab.run("choose(0, 0)")
     for dark in (False, True):
         tab.dark(dark)
-        picture = tab.screenshot()
-        (tmp_path / f"{'dark' if dark else 'light'}.png").write_bytes(picture)
-        with Image.open(io.BytesIO(picture)) as image:
+        taken = tab.screenshot()
+        (tmp_path / f"{'dark' if dark else 'light'}.png").write_bytes(taken)
+        with Image.open(io.BytesIO(taken)) as image:
             assert image.size == (1400, 1000)
-        page_colour = pixel_of(picture, 3, 3)
+        page_colour = pixel_of(taken, 3, 3)
         assert max(page_colour) < 60 if dark else min(page_colour) > 240
-        red, _, blue = pixel_of(picture, *place(tab, *strong[0]))
+        red, _, blue = pixel_of(taken, *place(tab, *strong[0]))
         assert red > blue + 60
-        red, _, blue = pixel_of(picture, *place(tab, *strong[1]))
+        red, _, blue = pixel_of(taken, *place(tab, *strong[1]))
         assert blue > red + 60
         ink = tab.run("getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")
         assert abs(sum(ink) - sum(page_colour)) > 500
