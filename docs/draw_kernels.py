@@ -57,7 +57,7 @@ class Kernel:
     @property
     def bytes(self) -> int:
         """A token's, every tensor once."""
-        return sum(size(name) for name in (self.reads + ", " + self.writes).split(", "))
+        return sum(size(name) for name in (*listed(self.reads), *listed(self.writes)))
 
 
 FORWARD = [
@@ -69,14 +69,19 @@ FORWARD = [
     Kernel("norm", "gate and norm", "y, z", "out"),
 ]
 BACKWARD = [
-    Kernel("norm", "", "dout, y, z", "dy, dz"),
+    Kernel("norm", "and dy . x", "dout, y, z, x", "dy, dz, ddiagonal"),
+    Kernel("diagonal", "W_D (cuBLAS)", "x, ddiagonal", ""),
     Kernel("adjoint states", "T: the states of dy", "dy, C, decays", "T"),
     Kernel("feature gradients", "dC through S, dB through T", "x, dy, B, C, decays, S, T", "parts, sums"),
-    Kernel("value gradients", "dx; dB, dC in a chunk", "x, dy, B, C, decays, T, parts", "dx, dB, dC, sums"),
-    Kernel("steps", "dt, A, dt_bias", "dt, sums, sums", "ddt, ddiagonal"),
-    Kernel("diagonal", "W_D, D", "x, ddiagonal, dx", "dx"),
+    Kernel("value gradients", "dx; dB, dC in a chunk", "x, dy, B, C, decays, T, parts, ddiagonal", "dx, dB, dC, sums"),
+    Kernel("steps", "dt, A, dt_bias", "dt, sums, sums", "ddt"),
     Kernel("convolution", "all its gradients", "x B C, dx, dB, dC", "dx B C"),
 ]
+
+
+def listed(tensors: str) -> list[str]:
+    """Of a list in words."""
+    return tensors.split(", ") if tensors else []
 
 
 def size(name: str) -> int:
@@ -145,7 +150,7 @@ def draw_traffic(axes: Axes) -> None:
         axes.text(right, row, f"{kernel.bytes / 1000:.1f} kB", ha="left", va="center")
         columns: dict[str, list[str]] = {}
         for kind, names in (("read", kernel.reads), ("written", kernel.writes)):
-            for name in names.split(", "):
+            for name in listed(names):
                 column = name if name in TENSORS else name.removeprefix("d")
                 columns.setdefault(column, []).append(kind + (" d" if column != name else ""))
         for column, found in columns.items():

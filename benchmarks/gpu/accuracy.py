@@ -39,9 +39,9 @@ CAPPED_IN_FLOAT32 = {"A_log", "dt_bias"}
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Relative, or absolute where all of `exact` is zero; NaN where anything found is."""
+    """Relative, or absolute where `exact` is zero or too small for float32; NaN where anything found is."""
     size = float(exact.norm())
-    return float((found.double() - exact).norm()) / (size or 1.0)
+    return float((found.double() - exact).norm()) / (size if size > torch.finfo(torch.float32).tiny else 1.0)
 
 
 def errors(case: Case, device: str) -> tuple[dict[str, tuple[float, float]], bool]:
