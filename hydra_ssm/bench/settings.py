@@ -44,7 +44,7 @@ class Settings:
         encoder: bool = False,
     ) -> Settings:  # fmt: skip
         """Sizes of the paper's base model on a GPU, of half a minute on a CPU, where none are given."""
-        place = _device(device)
+        place = device_of(device)
         on_cpu = place.type == "cpu"
         usual = (128, 512, 2048) if on_cpu else (128, 512, 2048, 8192, 32768, 131072)
         found = cls(
@@ -81,7 +81,7 @@ class Settings:
         return shlex.join(words)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device of that name; without one a GPU, else the CPU."""
     gpus = torch.cuda.device_count()
     possible = ["cpu", "cuda", *(f"cuda:{k}" for k in range(gpus))] if gpus else ["cpu"]

@@ -258,6 +258,8 @@ def bench(
         arg(metavar="NAME ...", help_behavior_hint="(default: all, on a CPU hydra attention)"),
     ] = None,
     encoder: bool = False,
+    matrices: bool = False,
+    longest: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 131072, on a CPU 65536)")] = None,
     plot: Annotated[Path | None, arg(metavar="FILE.png", help_behavior_hint="")] = None,
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None,
 ) -> None:
@@ -268,8 +270,12 @@ def bench(
     copies and matrix products, which is measured too. A second table has the quasiseparable product alone, beside the
     scans of mamba_ssm and flash-linear-attention, called once for each direction, where these are installed.
 
+    With --matrices, the product of every matrix class instead: its time and memory at lengths from 256 up to where it
+    fits, and how they grow over the last two octaves, beside what the class promises. A few minutes.
+
     In use:
         hydra-ssm bench
+        hydra-ssm bench --matrices --plot costs.png
         hydra-ssm bench --lengths 128 1024 8192 --plot speed.png --json speed.json
         hydra-ssm bench --device cpu --d-model 128 --tokens 4096 --layers hydra
 
@@ -282,7 +288,9 @@ def bench(
         layers: Which layers: hydra, hydra-recompute (less memory, more time), attention (the Transformer's, through
             scaled_dot_product_attention).
         encoder: Time stacks of 23 Hydra layers and of BERT's 12 as well, compiled on a GPU, on half the tokens.
-        plot: Draw time per token against length there.
+        matrices: Measure the products of all matrix classes, and no layer.
+        longest: The longest sequence for --matrices; each class stops before a step would take about a second.
+        plot: Draw time per token against length there; with --matrices, time and memory of a product.
         json: Write the figures there, with device, versions and command.
     """
     for option, path in (("plot", plot), ("json", json)):  # now, not after the measurements
@@ -290,6 +298,16 @@ def bench(
             raise ValueError(f"--{option} must be a file, {path} is a folder")
     if plot is not None:
         require("matplotlib", "train")
+    others = {"d-model": d_model, "tokens": tokens, "lengths": lengths, "layers": layers, "encoder": encoder or None}
+    if matrices:
+        if given := [f"--{name}" for name, value in others.items() if value is not None]:
+            raise ValueError(f"--matrices measures products and no layers: it does not go with {', '.join(given)}")
+        from ..bench.matrices import bench_matrices
+
+        bench_matrices(device=device, dtype=dtype, longest=longest, plot=plot, json=json)
+        return
+    if longest is not None:
+        raise ValueError("--longest goes with --matrices; the lengths of layers are given by --lengths")
     from ..bench import bench as measure
 
     measure(
