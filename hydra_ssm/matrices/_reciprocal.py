@@ -24,7 +24,6 @@ def exponents_and_weights(tolerance: float, like: Tensor) -> tuple[Tensor, Tenso
     return s, w
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def _rule(tolerance: float) -> tuple[tuple[tuple[float, float], ...], float, float, int]:
     """The terms of the sum: pairs (s, w), then s = exp t and w = step s for t = first, first + step, ... (count).
@@ -46,6 +45,10 @@ def _rule(tolerance: float) -> tuple[tuple[tuple[float, float], ...], float, flo
             best = cost, math.log(scale), tuple(low)
     _, first, pairs = best
     return pairs, first, step, math.ceil((last - first) / step) + 1
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler for it.
+_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(tolerance: float) -> float:
