@@ -166,8 +166,9 @@ def _results(trainer: MaskedLMTrainer, plan: Plan) -> Record:
 
 def _curve(entries: list[dict[str, float]], loss: str, accuracy: str) -> dict[str, list[float]]:
     """By step, of six digits: there are many."""
-    names = {"step": "step", "loss": loss, "accuracy": accuracy}
-    return {name: [float(f"{entry[key]:.6g}") for entry in entries] for name, key in names.items()}
+    names = {"loss": loss, "accuracy": accuracy}
+    curves = {name: [float(f"{entry[key]:.6g}") for entry in entries] for name, key in names.items()}
+    return {"step": [entry["step"] for entry in entries], **curves}
 
 
 class Stops(TrainerCallback):
