@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ def semiseparable(
 
     Args:
         diagonal: (B, L, H), or None for none besides the triangles' own.
-        impl: "triton" (kernels, for two strict triangles that read opposite ways), "chunked" (O(L), eager), "dense"
-            (O(L^2)) or "recurrent" (O(L) steps, the oracle). None takes "triton" on CUDA where it can, else "chunked".
+        impl: "triton" (kernels, for one triangle, or two of a kind that read opposite ways), "chunked" (O(L), eager),
+            "dense" (O(L^2)) or "recurrent" (O(L) steps, the oracle). None takes "triton" on CUDA where it can, else
+            "chunked".
 
     Raises:
         ValueError: shapes do not fit, or what impl names cannot take these triangles.
@@ -52,13 +54,32 @@ def _fused(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, diagona
     """One pass over both triangles and the diagonal; what rows read from learned initial states comes on top."""
     from .triton import Steps, quasiseparable
 
-    causal, anticausal = sorted(triangles, key=lambda t: t.upper)
+    shifted = triangles[0].strict
+    if not shifted:  # the kernels' triangles have no diagonal
+        own = [_diagonal(t) for t in triangles]
+        diagonal = reduce(torch.add, own if diagonal is None else [*own, diagonal])
+    causal, anticausal = sorted(triangles if len(triangles) == 2 else _with_none(triangles[0]), key=lambda t: t.upper)
     A = causal.A if causal.A is anticausal.A else torch.stack([causal.A, anticausal.A])
     steps = Steps(causal.dt, anticausal.dt, A)
-    y = quasiseparable(x, steps, causal.B, causal.C, anticausal.B, anticausal.C, ids, diagonal)
+    features = (causal.B, causal.C, anticausal.B, anticausal.C)
+    y = quasiseparable(x, steps, *features, ids, diagonal, shifted=shifted)
     if all(t.initial is None for t in triangles):
         return y
     return (y + reference.from_initial(x, triangles, ids)).to(y.dtype)
+
+
+def _diagonal(t: Triangle) -> Tensor:
+    """dt_i C_i . B_i (B, L, H) in the precision of dt."""
+    along = (t.C.to(t.dt.dtype) * t.B.to(t.dt.dtype)).sum(-1)
+    return t.dt * along.repeat_interleave(t.dt.shape[2] // along.shape[2], 2)
+
+
+def _with_none(t: Triangle) -> list[Triangle]:
+    """A triangle and an empty one that reads the other way: half of the kernels' work is for nothing then."""
+    return [
+        t,
+        Triangle(torch.zeros_like(t.dt), t.A, torch.zeros_like(t.B), torch.zeros_like(t.C), not t.upper, t.strict),
+    ]
 
 
 def _misfit(x: Tensor, triangles: Sequence[Triangle]) -> str | None:
@@ -66,10 +87,12 @@ def _misfit(x: Tensor, triangles: Sequence[Triangle]) -> str | None:
     if misfit := misplaced(x):
         return misfit
     kinds = [("strict " if t.strict else "") + ("anticausal" if t.upper else "causal") for t in triangles]
-    if sorted(kinds) != ["strict anticausal", "strict causal"]:
-        return f"needs two strict triangles, one causal and one anticausal, got {', '.join(kinds)}"
+    alone = len(triangles) == 1
+    opposite = len(triangles) == 2 and {t.upper for t in triangles} == {False, True}
+    if not alone and not (opposite and triangles[0].strict == triangles[1].strict):
+        return f"needs one triangle, or a causal and an anticausal one, both strict or none, got {', '.join(kinds)}"
     shapes = [tuple(t.B.shape[2:]) for t in triangles]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[-1]:
         return f"needs the same groups and state in both triangles, got {shapes[0]} and {shapes[1]}"
     return product_misfit(x.shape[3], shapes[0][1])
 

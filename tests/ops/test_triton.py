@@ -212,17 +212,21 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
     assert all(torch.equal(a, b) for a, b in zip(again, ours, strict=True))
 
 
-def triangles(args, initial=None) -> list[Triangle]:
-    """Both, anticausal first: their order does not matter."""
+SHIFTED = ((True, True), (False, True))  # (upper, strict) of both; their order does not matter
+PLAIN = ((False, False), (True, False))
+
+
+def triangles(args, initial=None, kinds=SHIFTED) -> list[Triangle]:
+    """One of each kind."""
     _, dt_f, dt_b, A, B_f, C_f, B_b, C_b, *_ = args
-    causal = Triangle(dt_f, A, B_f, C_f, strict=True, initial=initial)
-    return [Triangle(dt_b, A, B_b, C_b, upper=True, strict=True, initial=initial), causal]
+    own = {False: (dt_f, A, B_f, C_f), True: (dt_b, A, B_b, C_b)}
+    return [Triangle(*own[upper], upper, strict, initial) for upper, strict in kinds]
 
 
-def product(args, impl="triton", initial=None) -> Tensor:
+def product(args, impl="triton", initial=None, kinds=SHIFTED) -> Tensor:
     """Through the public operation."""
     documents = None if args[8] is None else Documents(args[8])
-    return semiseparable(args[0], triangles(args, initial), documents, diagonal=args[9], impl=impl)
+    return semiseparable(args[0], triangles(args, initial, kinds), documents, diagonal=args[9], impl=impl)
 
 
 def leaves_of(args, dtype=None) -> tuple:
@@ -231,7 +235,7 @@ def leaves_of(args, dtype=None) -> tuple:
     )
 
 
-def agree(args, tolerance=1e-5, initial=None) -> None:
+def agree(args, tolerance=1e-5, initial=None, kinds=SHIFTED) -> None:
     """The operation and all gradients equal the recurrence's in float64.
 
     Those of A are sums of dt da, which may cancel: their error is measured against A / sum |dt ddt|.
@@ -240,7 +244,7 @@ def agree(args, tolerance=1e-5, initial=None) -> None:
     for impl, dtype in (("triton", None), ("recurrent", torch.float64)):
         leaves = leaves_of(args, dtype)
         S = None if initial is None else initial.detach().to(dtype or initial.dtype).requires_grad_()
-        y = product(leaves, impl, S)
+        y = product(leaves, impl, S, kinds)
         wanted = [t for k, t in enumerate((*leaves, S)) if k != 8 and t is not None]
         found.append((y, *torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True, materialize_grads=True)))
     for name, ours, exactly in zip(("y", *NAMES, "initial"), *found, strict=False):
@@ -266,6 +270,30 @@ def test_any_shape_equals_the_recurrence(length, heads, width, state, documents,
     args = case(1, length, heads[0], width, heads[1], state, documents)
     S = torch.randn(heads[0], width, state, device=DEVICE) if initial else None
     agree(args, initial=S)
+
+
+KINDS = {"both": PLAIN, "causal": PLAIN[:1], "anticausal": PLAIN[1:], "one shifted": SHIFTED[:1]}
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("length", [1, 33, 70])
+def test_triangles_with_a_diagonal_and_single_ones_equal_the_recurrence(length, kinds) -> None:
+    args = case(1, length, 4, groups=2, documents=length > 1)
+    agree(args, initial=torch.randn(4, 16, 16, device=DEVICE), kinds=kinds)
+
+
+@pytest.mark.parametrize("length", [100, 140])
+def test_triangles_with_a_diagonal_are_as_exact_as_the_eager_form_in_half_precision(length) -> None:
+    """Where steps are folded into the sums, in one chunk of two tiles and in several."""
+    args = case(length=length, documents=True, dtype=torch.float16)
+    dy, found = torch.randn_like(args[0]), []
+    for impl, dtype in (("triton", None), ("chunked", None), ("recurrent", torch.float64)):
+        leaves = leaves_of(args, dtype)
+        y = product(leaves, impl, kinds=PLAIN)
+        wanted = [t for k, t in enumerate(leaves) if k != 8]
+        found.append((y, *torch.autograd.grad(y, wanted, dy.to(y.dtype))))
+    for name, a, b, e in zip(("y", *NAMES), *found, strict=True):
+        assert error(a, e.detach()) <= 2 * error(b, e.detach()) + torch.finfo(torch.float16).eps / 2, name
 
 
 def test_a_thousand_documents_in_a_row_do_not_read_each_other() -> None:
@@ -351,7 +379,7 @@ def operator_inputs(length=33, raw=True, keep=True, diagonal=True, requires_grad
         (x, dt_f, dt_b, A, *features, ids, d), bias, limits = case(length=length, heads=1), None, (0.0, torch.inf)
     floats = (x, dt_f, dt_b, A, bias, *features, d if diagonal else None)
     *floats, d = (t if t is None else t.detach().requires_grad_(requires_grad) for t in floats)
-    return (*floats, ids, d, *limits, keep)
+    return (*floats, ids, d, *limits, raw, keep)
 
 
 OPERATOR_CASES = [{}, {"length": 13, "raw": False, "keep": False, "diagonal": False}]
@@ -374,7 +402,7 @@ def test_recomputed_states_give_the_same_gradients() -> None:
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        x, dt_f, dt_b, A, bias, *features, ids, diagonal, low, high, _ = operator_inputs()
+        x, dt_f, dt_b, A, bias, *features, ids, diagonal, low, high, _, _ = operator_inputs()
         steps = Steps(dt_f, dt_b, A, bias, (low, high))
         y = quasiseparable(x, steps, *features, ids, diagonal, recompute=recompute)
         found.append(torch.autograd.grad(y.sum(), [x, dt_f, dt_b, A, bias, *features, diagonal]))
@@ -415,9 +443,8 @@ def in_float64(t: Triangle) -> Triangle:
 
 
 MISFITS = {
-    "one triangle": (lambda x, t: (x, t[:1]), "two strict triangles, one causal and one anticausal, got strict anti"),
-    "two alike": (lambda x, t: (x, [t[0], t[0]]), "got strict anticausal, strict anticausal"),
-    "not strict": (lambda x, t: (x, [replace(k, strict=False) for k in t]), "got anticausal, causal"),
+    "two alike": (lambda x, t: (x, [t[0], t[0]]), "both strict or none, got strict anticausal, strict anticausal"),
+    "one strict": (lambda x, t: (x, [t[0], replace(t[1], strict=False)]), "got strict anticausal, causal"),
     "float64": (
         lambda x, t: (x.double(), [in_float64(k) for k in t]),
         "float32, float16 or bfloat16, got torch.float64",

@@ -1,9 +1,10 @@
 """Log-decays of both directions, summed within chunks and transposed: what every other kernel reads.
 
 Four numbers a token and head, side by side: (row_f, row_b, column_f, column_b), all log2. From column token j to row i
-of a chunk the decay exp(a_{j+1} + ... + a_{i-1}) is 2 ** (row_i - column_j). For 16-bit products the step dt_j is part
-of the column (folded); float32 keeps it apart, so that neighbours, whose decay is 1, lose nothing to long sums, and
-beside it what rounding took from the sums: strong decays add up to thousands, which differ little.
+of a chunk the decay exp(a_{j+1} + ... + a_{i-1}) is 2 ** (row_i - column_j); rows that are not shifted go on to a_i.
+For 16-bit products the step dt_j is part of the column (folded); float32 keeps it apart, so that neighbours, whose
+decay is 1, lose nothing to long sums, and beside it what rounding took from the sums: strong decays add up to
+thousands, which differ little.
 """
 
 from __future__ import annotations
@@ -87,16 +88,19 @@ def load_rates(A, h, H, RAW: tl.constexpr):
 
 
 @triton.jit
-def _rows(sums, i, DIRECTION: tl.constexpr):
-    """A row's sum stops at its neighbour; the gather keeps it the very number that the neighbour's column has."""
-    Q: tl.constexpr = sums.shape[0]
-    if DIRECTION == 0:
-        neighbour = tl.maximum(i - 1, 0)
-        has = i > 0
-    else:
-        neighbour = tl.minimum(i + 1, Q - 1)
-        has = i < Q - 1
-    return tl.where(has[:, None], tl.gather(sums, tl.broadcast_to(neighbour[:, None], sums.shape), 0), 0.0)
+def _rows(sums, i, DIRECTION: tl.constexpr, SHIFTED: tl.constexpr):
+    """A shifted row's sum stops at its neighbour, whose column has that very number: a gather keeps its digits."""
+    rows = sums
+    if SHIFTED:
+        Q: tl.constexpr = sums.shape[0]
+        if DIRECTION == 0:
+            neighbour = tl.maximum(i - 1, 0)
+            has = i > 0
+        else:
+            neighbour = tl.minimum(i + 1, Q - 1)
+            has = i < Q - 1
+        rows = tl.where(has[:, None], tl.gather(sums, tl.broadcast_to(neighbour[:, None], sums.shape), 0), 0.0)
+    return rows
 
 
 @triton.jit
@@ -136,6 +140,7 @@ def _decay_kernel(
     RAW: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    SHIFTED: tl.constexpr,
     FOLDED: tl.constexpr,
     LOG2: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -173,7 +178,7 @@ def _decay_kernel(
         sum_b = tl.cumsum(a_b, 0, reverse=True)
         total_f = tl.sum(tl.where((i == Q - 1)[:, None], sum_f, 0.0), 0)
         total_b = tl.sum(tl.where((i == 0)[:, None], sum_b, 0.0), 0)
-        four = _four(_rows(sum_f, i, 0), sum_f - tl.log2(f), _rows(sum_b, i, 1), sum_b - tl.log2(b))
+        four = _four(_rows(sum_f, i, 0, SHIFTED), sum_f - tl.log2(f), _rows(sum_b, i, 1, SHIFTED), sum_b - tl.log2(b))
     else:
         exact_f = tl.cumsum(a_f.to(tl.float64), 0)
         exact_b = tl.cumsum(a_b.to(tl.float64), 0, reverse=True)
@@ -183,10 +188,10 @@ def _decay_kernel(
         total_b = exact_total_b.to(tl.float32)
         sum_f = exact_f.to(tl.float32)
         sum_b = exact_b.to(tl.float32)
-        four = _four(_rows(sum_f, i, 0), sum_f, _rows(sum_b, i, 1), sum_b)
+        four = _four(_rows(sum_f, i, 0, SHIFTED), sum_f, _rows(sum_b, i, 1, SHIFTED), sum_b)
         rest_f = (exact_f - sum_f.to(tl.float64)).to(tl.float32)
         rest_b = (exact_b - sum_b.to(tl.float64)).to(tl.float32)
-        rests = _four(_rows(rest_f, i, 0), rest_f, _rows(rest_b, i, 1), rest_b)
+        rests = _four(_rows(rest_f, i, 0, SHIFTED), rest_f, _rows(rest_b, i, 1, SHIFTED), rest_b)
         weight_f = f * tl.exp2((exact_total_f[None, :] - exact_f).to(tl.float32))
         weight_b = b * tl.exp2((exact_total_b[None, :] - exact_b).to(tl.float32))
         at = to[:, :, None] * 8 + tl.arange(0, 4)[None, None, :]
@@ -230,10 +235,11 @@ class Decays:
     steps: Tensor | None  # (B, H, L', 8): dt, dt 2^(total - column), the sums' rests; None where folded into columns
     totals: Tensor  # (B, H, chunks, 2) the chunks' whole log2-decays, causal and anticausal
     diagonal: Tensor | None  # (B, H, L')
+    shifted: bool = True  # rows read what their neighbour has read: with its C, up to its own step
 
 
 def chunk_decays(
-    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, Q: int, folded: bool,
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, Q: int, folded: bool, shifted: bool = True,
 ) -> Decays:  # fmt: skip
     """The decays of the steps, and the diagonal (B, L, H) beside them; ids (B, L) matter to raw steps alone."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
@@ -252,7 +258,8 @@ def chunk_decays(
         dt_f if diagonal is None else diagonal, sums, sums if apart is None else apart, totals,
         sums if diagonals is None else diagonals, L, H, chunks, steps.A_stride, *steps.limits,
         *dt_f.stride(), *dt_b.stride(), *((0, 0, 0) if diagonal is None else diagonal.stride()),
-        RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=diagonal is not None, FOLDED=folded,
+        RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=diagonal is not None, SHIFTED=shifted,
+        FOLDED=folded,
         LOG2=LOG2E, SMALLEST=SMALLEST_STEP, MOST=STRONGEST, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return Decays(sums, apart, totals, diagonals)
+    return Decays(sums, apart, totals, diagonals, shifted)

@@ -63,6 +63,7 @@ def _part(
     stride_fl,
     stride_bl,
     READS: tl.constexpr,
+    NEIGHBOUR: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -79,8 +80,8 @@ def _part(
     p = tl.arange(0, P)
     begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-    us_f = load_features(u_f, i, begin, limit, chunk, stride_fl, n, 0, READS)
-    us_b = load_features(u_b, i, begin, limit, chunk, stride_bl, n, 1, READS)
+    us_f = load_features(u_f, i, begin, limit, chunk, stride_fl, n, 0, NEIGHBOUR)
+    us_b = load_features(u_b, i, begin, limit, chunk, stride_bl, n, 1, NEIGHBOUR)
     grad_f = tl.zeros([Q, N], tl.float32)
     grad_b = tl.zeros([Q, N], tl.float32)
     if HAS_IDS:
@@ -177,6 +178,7 @@ def _feature_grads_kernel(
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
+    SHIFTED: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -210,14 +212,14 @@ def _feature_grads_kernel(
             dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
             C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
             products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_yl,
-            stride_yh, stride_Cfl, stride_Cbl, 1, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
+            stride_yh, stride_Cfl, stride_Cbl, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _part(
             x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
             B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
             products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_xl,
-            stride_xh, stride_Bfl, stride_Bbl, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
+            stride_xh, stride_Bfl, stride_Bbl, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -253,7 +255,8 @@ def feature_grads(
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, chunks,
         found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0), *strides,
-        HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, Q=Q,
-        N=N, P=P, PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
+        SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
+        PACKED=x.dtype == torch.bfloat16, Q=Q, N=N, P=P, PRECISION=precision, STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
     return found

@@ -84,7 +84,7 @@ def differentiable_once(ctx: Any, *grads: Any) -> Any:
 
 def quasiseparable(
     x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
-    diagonal: Tensor | None = None, *, recompute: bool = False,
+    diagonal: Tensor | None = None, *, shifted: bool = True, recompute: bool = False,
 ) -> Tensor:  # fmt: skip
     """y (B, L, H, P) for x (B, L, H, P), B and C (B, L, G, N), ids (B, L), diagonal (B, L, H); see product.py.
 
@@ -97,24 +97,24 @@ def quasiseparable(
     x, B_f, C_f, B_b, C_b = (t.to(dtype) for t in (x, B_f, C_f, B_b, C_b))
     inputs = (x, steps.dt_f, steps.dt_b, steps.A, steps.bias, B_f, C_f, B_b, C_b, ids, diagonal)
     keep = not recompute and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return torch.ops.hydra_ssm.quasiseparable(*inputs, *steps.limits, keep)[0]
+    return torch.ops.hydra_ssm.quasiseparable(*inputs, *steps.limits, shifted, keep)[0]
 
 
 INPUTS = (
     "Tensor x, Tensor dt_f, Tensor dt_b, Tensor A, Tensor? bias, Tensor B_f, Tensor C_f, Tensor B_b, Tensor C_b, "
-    "Tensor? ids, Tensor? diagonal, float low, float high"
+    "Tensor? ids, Tensor? diagonal, float low, float high, bool shifted"
 )
 
 
 def _forward(
     x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, bias: Tensor | None, B_f: Tensor, C_f: Tensor, B_b: Tensor,
-    C_b: Tensor, ids: Tensor | None, diagonal: Tensor | None, low: float, high: float, keep: bool,
+    C_b: Tensor, ids: Tensor | None, diagonal: Tensor | None, low: float, high: float, shifted: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, states); the latter empty where there are none, or nothing is kept."""
     x, B_f, C_f, B_b, C_b = map(_with_rows, (x, B_f, C_f, B_b, C_b))
     A, bias, ids = packed(A, bias, ids)
     steps, how = Steps(dt_f, dt_b, A, bias, (low, high)), plan(x, B_f, backward=keep)
-    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, diagonal, how)
+    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, diagonal, how, shifted=shifted)
     return y, states if keep and states is not None else x.new_empty(0)
 
 
@@ -128,14 +128,15 @@ def _fake_forward(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     dy: Tensor, x: Tensor, dt_f: Tensor, dt_b: Tensor, A: Tensor, bias: Tensor | None, B_f: Tensor, C_f: Tensor,
-    B_b: Tensor, C_b: Tensor, ids: Tensor | None, diagonal: Tensor | None, low: float, high: float, states: Tensor,
+    B_b: Tensor, C_b: Tensor, ids: Tensor | None, diagonal: Tensor | None, low: float, high: float, shifted: bool,
+    states: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the ten floating point inputs in their order, empty for those that are None."""
     dy, x, B_f, C_f, B_b, C_b = map(_with_rows, (dy, x, B_f, C_f, B_b, C_b))
     A, bias, ids = packed(A, bias, ids)
     steps = Steps(dt_f, dt_b, A, bias, (low, high))
     saved = states if states.numel() else None
-    grads = quasiseparable_backward(dy, x, steps, B_f, C_f, B_b, C_b, ids, diagonal, saved)
+    grads = quasiseparable_backward(dy, x, steps, B_f, C_f, B_b, C_b, ids, diagonal, saved, shifted=shifted)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
@@ -144,21 +145,21 @@ def _fake_backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, low, high, _ = inputs
+    *tensors, low, high, shifted, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else zeros as large as the states, which have no gradient
     ctx.save_for_backward(*tensors, output[1])
-    ctx.limits = low, high
+    ctx.options = low, high, shifted
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 14
+        return (None,) * 15
     *inputs, states = ctx.saved_tensors
-    grads = torch.ops.hydra_ssm.quasiseparable_backward(dy, *inputs, *ctx.limits, states)
+    grads = torch.ops.hydra_ssm.quasiseparable_backward(dy, *inputs, *ctx.options, states)
     given = _differentiable(inputs)
     *first, ddiagonal = (None if t is None else g for g, t in zip(grads, given, strict=True))
-    return *first, None, ddiagonal, None, None, None
+    return *first, None, ddiagonal, None, None, None, None
 
 
 def _differentiable(inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:

@@ -52,6 +52,7 @@ def _output_kernel(
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    SHIFTED: tl.constexpr,
     HAS_STATES: tl.constexpr,
     FOLDED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -80,13 +81,13 @@ def _output_kernel(
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
     dtype: tl.constexpr = x.dtype.element_ty
 
-    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - 1) * stride_Cfl
+    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - SHIFTED) * stride_Cfl
     B_f += batch * stride_Bfb + group * stride_Bfg + begin * stride_Bfl
-    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + 1) * stride_Cbl
+    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + SHIFTED) * stride_Cbl
     B_b += batch * stride_Bbb + group * stride_Bbg + begin * stride_Bbl
-    has_left = ((i > 0) | (chunk > 0)) & (i < limit)
+    has_left = ((i > 0) | (chunk > 0) | (SHIFTED == 0)) & (i < limit)
     Cf = tl.load(C_f + i[:, None] * stride_Cfl + n[None, :], mask=has_left[:, None], other=0.0)
-    Cb = tl.load(C_b + i[:, None] * stride_Cbl + n[None, :], mask=(i + 1 < limit)[:, None], other=0.0)
+    Cb = tl.load(C_b + i[:, None] * stride_Cbl + n[None, :], mask=(i + SHIFTED < limit)[:, None], other=0.0)
     Bf = tl.load(B_f + j[:, None] * stride_Bfl + n[None, :], mask=(j < limit)[:, None], other=0.0)
     Bb = tl.load(B_b + j[:, None] * stride_Bbl + n[None, :], mask=(j < limit)[:, None], other=0.0)
     lower = i[:, None] > j[None, :]
@@ -181,8 +182,8 @@ def chunk_outputs(
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if states is None else states, y, L, H, chunks, H // G, 0 if states is None else states.stride(0), *strides,
         HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
-        HAS_STATES=states is not None, FOLDED=decays.steps is None, PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P,
-        PRECISION=precision, STAGES=config.stages,
+        SHIFTED=int(decays.shifted), HAS_STATES=states is not None, FOLDED=decays.steps is None,
+        PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
     return y

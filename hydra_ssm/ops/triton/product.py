@@ -37,17 +37,18 @@ class Into:
 
 def quasiseparable_forward(
     x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
-    diagonal: Tensor | None = None, how: Plan | None = None, decays: Decays | None = None,
+    diagonal: Tensor | None = None, how: Plan | None = None, decays: Decays | None = None, shifted: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(y, states): y (B, L, H, P) for x (B, L, H, P), B and C (B, L, G, N), ids (B, L), diagonal (B, L, H).
 
-    The causal triangle has dt_f, B_f, C_f, the anticausal one the rest; both are strict (the paper's shift). states
-    are what the backward pass may take, as (2, B, chunks, H, N, P), or None where one chunk holds everything.
+    The causal triangle has dt_f, B_f, C_f, the anticausal one the rest; neither has a diagonal. shifted: a row is what
+    its neighbour's would be with one (the paper's shift); else it reads with its own C, after its own decay. states are
+    what the backward pass may take, as (2, B, chunks, H, N, P), or None where one chunk holds everything.
     """
     how = plan(x, B_f) if how is None else how
     if x.shape[1] * x.shape[2] >= LONGEST:
         raise ValueError(f"length times heads must be less than {LONGEST} in one sequence, got {tuple(x.shape)}")
-    decays = find_decays(x, steps, ids, diagonal, how) if decays is None else decays
+    decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     states = _states(x, B_f, B_b, decays, ids, how)
     y = chunk_outputs(x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision)
     return y, states
@@ -57,6 +58,7 @@ def quasiseparable_backward(
     dy: Tensor, x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
     diagonal: Tensor | None = None, states: Tensor | None = None, how: Plan | None = None, into: Into | None = None,
     decays: Decays | None = None, back: tuple[Tensor, Tensor] | None = None,
+    shifted: bool = True,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None
 ]:  # fmt: skip
@@ -69,7 +71,7 @@ def quasiseparable_backward(
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
     Q, precision = how.chunk, how.precision
-    decays = find_decays(x, steps, ids, diagonal, how) if decays is None else decays
+    decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     if states is None:
         states = _states(x, B_f, B_b, decays, ids, how)
     elif states.shape[2] != triton.cdiv(x.shape[1], Q):
@@ -85,7 +87,9 @@ def quasiseparable_backward(
     tiles = value_grads(
         x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision, back
     )
-    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b)
+    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
+        steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b, decays.shifted
+    )
     dB_f, dC_f, dB_b, dC_b = grads
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
 
@@ -94,9 +98,11 @@ def _to(given: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if given is None else given
 
 
-def find_decays(x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan) -> Decays:
+def find_decays(
+    x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan, shifted: bool = True
+) -> Decays:
     """What the forward and the backward pass of one plan both read of the steps."""
-    return chunk_decays(steps, ids, diagonal, how.chunk, folded=x.dtype.itemsize == 2)
+    return chunk_decays(steps, ids, diagonal, how.chunk, folded=x.dtype.itemsize == 2, shifted=shifted)
 
 
 def _states(

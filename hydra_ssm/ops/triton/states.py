@@ -53,6 +53,7 @@ def _walk(
     stride_vl,
     DIRECTION: tl.constexpr,
     ADJOINT: tl.constexpr,
+    NEIGHBOUR: tl.constexpr,
     BORDERS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -83,7 +84,7 @@ def _walk(
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
-        us = load_features(u, i, begin, limit, chunk, stride_ul, n, DIRECTION, ADJOINT)
+        us = load_features(u, i, begin, limit, chunk, stride_ul, n, DIRECTION, NEIGHBOUR)
         total = tl.load(totals + chunk * 2 + DIRECTION)
         w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total, i, DIRECTION, ADJOINT, FOLDED)
         g = tl.exp2(total)
@@ -122,6 +123,7 @@ def _states_kernel(
     stride_vl,
     stride_vh,
     ADJOINT: tl.constexpr,
+    NEIGHBOUR: tl.constexpr,
     BORDERS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -152,13 +154,13 @@ def _states_kernel(
         _walk(
             u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, chunks,
             first, count, H * N * P, stride_fl, stride_vl,
-            0, ADJOINT, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
+            0, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _walk(
             u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, chunks,
             first, count, H * N * P, stride_bl, stride_vl,
-            1, ADJOINT, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
+            1, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -187,6 +189,7 @@ def _stretch_kernel(
     stride_vl,
     stride_vh,
     ADJOINT: tl.constexpr,
+    NEIGHBOUR: tl.constexpr,
     HAS_IDS: tl.constexpr,
     FOLDED: tl.constexpr,
     Q: tl.constexpr,
@@ -233,8 +236,8 @@ def _stretch_kernel(
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
-        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, A, ADJOINT)
-        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, 1 - A, ADJOINT)
+        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, A, NEIGHBOUR)
+        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, 1 - A, NEIGHBOUR)
         total_left = tl.load(totals + chunk * 2 + A)
         total_right = tl.load(totals + chunk * 2 + 1 - A)
         w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_left, i, A, ADJOINT, FOLDED)
@@ -325,7 +328,8 @@ def chunk_states(
 ) -> Tensor:  # fmt: skip
     """The states (2, B, chunks, H, N, P) in the dtype of v that enter each chunk, in each direction's reading order.
 
-    u (B, L, G, N) features and v (B, L, H, P) values with unit last strides; the adjoint reads u one row off.
+    u (B, L, G, N) features and v (B, L, H, P) values with unit last strides; the adjoint of
+    shifted rows reads u one row off.
     """
     batch, L, H, P = v.shape
     G, N = u_f.shape[2:]
@@ -343,8 +347,9 @@ def chunk_states(
     )  # fmt: skip
     sizes = (L, H, H // G, chunks, stretch, *u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3])
     options = {
-        "ADJOINT": int(adjoint), "HAS_IDS": ids is not None, "FOLDED": decays.steps is None, "Q": Q, "N": N, "P": P,
-        "PRECISION": precision, "STAGES": config.stages, "num_warps": config.warps,
+        "ADJOINT": int(adjoint), "NEIGHBOUR": int(adjoint and decays.shifted), "HAS_IDS": ids is not None,
+        "FOLDED": decays.steps is None, "Q": Q, "N": N, "P": P, "PRECISION": precision,
+        "STAGES": config.stages, "num_warps": config.warps,
     }  # fmt: skip
     if borders is not None:
         _stretch_kernel[batch * H, stretches](*inputs, borders, *sizes, **options)

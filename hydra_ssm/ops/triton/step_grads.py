@@ -3,6 +3,8 @@
 With R and Q the row and column sums of K within the chunk, Rst and Cst those through the states, per direction:
 
     da_k = sum_{i > k} (R_i + Rst_i - Q_{i - 1}) + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
+
+and sum_{i >= k} (R_i + Rst_i - Q_i) in place of the first sum where rows are not shifted.
     ddt = (Q + Cst) / dt + A da      dA = sum dt da
 
 What neighbours give, which has no decay and under strong decay is nearly all, cancels in R_i - Q_{i - 1} to the digit.
@@ -36,14 +38,17 @@ def _two(pointer, at, keep):
 def _direction(
     dt, ddt, rows, columns, neighbours, state_sums, state_stride, products, at, at_chunk, keep, exists, rate, bias,
     low, high, h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
-    REVERSE: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr,
+    REVERSE: tl.constexpr, SHIFTED: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr,
+    SMALLEST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens)."""
-    rows -= neighbours
+    rows -= neighbours if SHIFTED else columns
     if HAS_STATES:
         rows += tl.load(state_sums + at, mask=keep, other=0.0)
         through = tl.load(state_sums + state_stride + at, mask=keep, other=0.0)
-    da = tl.cumsum(rows, 1, reverse=not REVERSE) - rows
+    da = tl.cumsum(rows, 1, reverse=not REVERSE)
+    if SHIFTED:
+        da -= rows
     if HAS_STATES:
         da += tl.cumsum(through, 1, reverse=REVERSE) - through
         da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
@@ -95,6 +100,7 @@ def _step_grads_kernel(
     out_stride_bb,
     out_stride_bl,
     out_stride_bh,
+    SHIFTED: tl.constexpr,
     RAW: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PAIR: tl.constexpr,
@@ -133,13 +139,13 @@ def _step_grads_kernel(
     raw_f, dA_f = _direction(
         dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, left,
         state_sums, state_stride, products, at, at_chunk, keep, exists, rate_f, offset, low, high, h, H, place,
-        stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, RAW, HAS_STATES, SMALLEST, MOST,
+        stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     raw_b, dA_b = _direction(
         dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, right,
         state_sums + 2 * state_stride, state_stride, products + product_stride, at, at_chunk, keep, exists, rate_b,
         offset, low, high, h, H, place,
-        stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, RAW, HAS_STATES, SMALLEST, MOST,
+        stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     if RAW:
         dA_f *= rate_f
@@ -156,7 +162,7 @@ def _step_grads_kernel(
 
 def step_grads(
     steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateGrads | None,
-    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None,
+    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None, shifted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.
 
@@ -178,7 +184,7 @@ def step_grads(
         tiles.rows if products is None else products, ddt_f, ddt_b, sums, sums if ddiagonal is None else ddiagonal,
         L, H, chunks, steps.A_stride, *steps.limits, 0 if state_sums is None else state_sums.stride(0),
         0 if products is None else products.stride(0), *dt_f.stride(), *dt_b.stride(), *ddt_f.stride(),
-        *ddt_b.stride(), RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
+        *ddt_b.stride(), SHIFTED=shifted, RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
         HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
         MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip

@@ -100,6 +100,7 @@ def _value_grads_kernel(
     stride_dl,
     stride_dg,
     PAIR: tl.constexpr,
+    SHIFTED: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
@@ -131,16 +132,16 @@ def _value_grads_kernel(
     begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
     limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
     inside = (j < limit)[:, None]
-    in_f = (((j > 0) | (chunk > 0)) & (j < limit))[:, None]
-    in_b = (j + 1 < limit)[:, None]
+    in_f = (((j > 0) | (chunk > 0) | (SHIFTED == 0)) & (j < limit))[:, None]
+    in_b = (j + SHIFTED < limit)[:, None]
     lower = r[None, :] > r[:, None]
     upper = r[None, :] < r[:, None]
     equal = r[None, :] == r[:, None]
 
     B_f += batch * stride_Bfb + group * stride_Bfg + begin * stride_Bfl
     B_b += batch * stride_Bbb + group * stride_Bbg + begin * stride_Bbl
-    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - 1) * stride_Cfl
-    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + 1) * stride_Cbl
+    C_f += batch * stride_Cfb + group * stride_Cfg + (begin - SHIFTED) * stride_Cfl
+    C_b += batch * stride_Cbb + group * stride_Cbg + (begin + SHIFTED) * stride_Cbl
     Bf = tl.load(B_f + j[:, None] * stride_Bfl + n[None, :], mask=inside, other=0.0)
     Bb = tl.load(B_b + j[:, None] * stride_Bbl + n[None, :], mask=inside, other=0.0)
     Cf = tl.load(C_f + j[:, None] * stride_Cfl + n[None, :], mask=in_f, other=0.0)
@@ -151,7 +152,7 @@ def _value_grads_kernel(
     if PAIR:
         # The first tile is read by later tokens, the second by earlier ones.
         other_f = ((o < limit) & (part == 0))[:, None]
-        other_b = ((o + 1 < limit) & (part == 1))[:, None]
+        other_b = ((o + SHIFTED < limit) & (part == 1))[:, None]
         Cf = tl.load(C_f + o[:, None] * stride_Cfl + n[None, :], mask=other_f, other=0.0)
         Cb = tl.load(C_b + o[:, None] * stride_Cbl + n[None, :], mask=other_b, other=0.0)
         across = tl.dot(Bf, tl.trans(Cf), input_precision=PRECISION)
@@ -301,10 +302,10 @@ def _value_grads_kernel(
     _finish(dB_f + to + place[:, None] * stride_dl, grad_B_f, through + through_stride, HAS_STATES, inside)
     _finish(dB_b + to + place[:, None] * stride_dl, grad_B_b, through + 3 * through_stride, HAS_STATES, inside)
     # The row without a neighbour has no C to write: its zeros go to the C that nobody reads.
-    place = tl.where(place > 0, place - 1, L - 1)[:, None]
+    place = tl.where(place >= SHIFTED, place - SHIFTED, L - 1)[:, None]
     keep = inside & ((part == 0) | (PAIR == 0))
     _finish(dC_f + to + place * stride_dl, tl.where(in_f, grad_C_f, 0.0), through, HAS_STATES, keep)
-    place = tl.where(begin + j < L - 1, begin + j + 1, 0)[:, None]
+    place = tl.where(begin + j < L - SHIFTED, begin + j + SHIFTED, 0)[:, None]
     keep = inside & ((part == 1) | (PAIR == 0))
     through += 2 * through_stride
     _finish(dC_b + to + place * stride_dl, tl.where(in_b, grad_C_b, 0.0), through, HAS_STATES, keep)
@@ -321,6 +322,7 @@ def _pair_kernel(
     stride_db,
     stride_dl,
     stride_dg,
+    SHIFTED: tl.constexpr,
     ROWS: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -336,10 +338,10 @@ def _pair_kernel(
     grad = tl.load(beside + at) + tl.load(beside + size + at)
     to = pid // G * stride_db + pid % G * stride_dg + n[None, :]
     if part == 1:
-        tl.store(dC_f + to + (i - 1)[:, None] * stride_dl, grad.to(dC_f.dtype.element_ty), mask=(i < L)[:, None])
+        tl.store(dC_f + to + (i - SHIFTED)[:, None] * stride_dl, grad.to(dC_f.dtype.element_ty), mask=(i < L)[:, None])
     else:
-        exists = (i < L - 1)[:, None]
-        place = tl.where(i < L - 1, i + 1, 0)[:, None]
+        exists = (i < L - SHIFTED)[:, None]
+        place = tl.where(i < L - SHIFTED, i + SHIFTED, 0)[:, None]
         grad = tl.where(exists, grad, 0.0)
         tl.store(dC_b + to + place * stride_dl, grad.to(dC_b.dtype.element_ty), mask=(i < L)[:, None])
 
@@ -391,15 +393,16 @@ def value_grads(
         x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
         sums.rows if sums.diagonal is None else sums.diagonal,
         sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
-        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, PAIR=pair, HEADS=H // G,
-        HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
+        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, PAIR=pair,
+        SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         ALL_HEADS=0 if back is None else max(16, triton.next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
         PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     if pair:
         _pair_kernel[batch * G, 2](
-            beside, dfeatures[1], dfeatures[3], beside.stride(0), L, G, *dfeatures[0].stride()[:3], ROWS=Q // 2, N=N,
+            beside, dfeatures[1], dfeatures[3], beside.stride(0), L, G, *dfeatures[0].stride()[:3],
+            SHIFTED=int(decays.shifted), ROWS=Q // 2, N=N,
             num_warps=4,
         )  # fmt: skip
     return sums
