@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,31 +26,38 @@ def exponents_and_weights(tolerance: float, like: Tensor) -> tuple[Tensor, Tenso
     return s, w
 
 
-@lru_cache(maxsize=64)
-def _rule(tolerance: float) -> tuple[tuple[tuple[float, float], ...], float, float, int]:
-    """The terms of the sum: pairs (s, w), then s = exp t and w = step s for t = first, first + step, ... (count).
+Rule = tuple[tuple[tuple[float, float], ...], float, float, int]
 
-    About ln(SPAN) ln(8 / tolerance) / 10 of them: the trapezoidal rule for 1 / D = int exp(t - D exp t) dt, whose error
-    falls geometrically with its step. To the right the integrand vanishes doubly exponentially, to the left as exp t
-    alone: all nodes with s < z / SPAN are replaced by the few of the Gaussian rule that has their moments.
-    """
-    step = _step(tolerance)
-    last = math.log(math.log(1 / tolerance) + math.log(math.log(1 / tolerance)))
-    best: tuple[float, float, tuple[tuple[float, float], ...]] = (math.inf, 0.0, ())
-    for count in range(1, 9):
-        nodes, weights = _tail(step, count)
-        reach = _reach(step, nodes, weights, tolerance / 2)
-        cost = count - math.log(reach) / step if reach else math.inf
-        if cost < best[0]:
-            scale = reach / SPAN
-            low = zip((scale * nodes).tolist(), (scale * weights).tolist(), strict=True)
-            best = cost, math.log(scale), tuple(low)
-    _, first, pairs = best
-    return pairs, first, step, math.ceil((last - first) / step) + 1
+
+def _rule(tolerance: float) -> Rule:
+    return _computed_rule(tolerance)
 
 
 # As torch.compiler.assume_constant_result does, which imports the compiler for it.
 _rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=64)
+def _computed_rule(tolerance: float) -> Rule:
+    """The terms of the sum: pairs (s, w), then s = exp t and w = step s for t = first, first + step, ... (count).
+
+    About ln(SPAN) ln(8 / tolerance) / 10 of them: the trapezoidal rule for 1 / D = int exp(t - D exp t) dt, whose error
+    falls geometrically with its step. To the right the integrand vanishes doubly exponentially, to the left as exp t
+    alone: all nodes with s < z / SPAN are replaced by the few of the Gaussian rule that has their moments. Numbers of
+    Python's: while torch traces, tensors have no values.
+    """
+    step = _step(tolerance)
+    last = math.log(math.log(1 / tolerance) + math.log(math.log(1 / tolerance)))
+    masses = [math.exp(-step * n) for n in range(1, int(60 / step))]
+    best: tuple[float, float, list[tuple[float, float]]] = (math.inf, 0.0, [])
+    for pairs in _gauss([(v, step * v) for v in masses], 8):
+        reach = _reach(step, masses, pairs, tolerance / 2)
+        cost = len(pairs) - math.log(reach) / step if reach else math.inf
+        if cost < best[0]:
+            scale = reach / SPAN
+            best = cost, math.log(scale), [(scale * node, scale * weight) for node, weight in pairs]
+    _, first, low = best
+    return tuple(low), first, step, math.ceil((last - first) / step) + 1
 
 
 def _step(tolerance: float) -> float:
@@ -60,38 +69,54 @@ def _step(tolerance: float) -> float:
     step = 1.0
     while True:
         y = 2 * math.pi / step
-        error = 2 * math.sqrt(2 * math.pi * y) * math.exp(-math.pi * y / 2)
-        if y * error < tolerance / 2:
+        if y * 2 * math.sqrt(2 * math.pi * y) * math.exp(-math.pi * y / 2) < tolerance / 2:
             return step
         step *= 0.99
 
 
-def _tail(step: float, count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the Gaussian rule for the masses step v at v = exp(-step n), n = 1, 2, ...
+def _gauss(measure: list[tuple[float, float]], most: int) -> Iterator[list[tuple[float, float]]]:
+    """Gaussian rules of 1, 2, ... `most` (node, weight) for masses (place, mass) between 0 and 1.
 
-    By the Lanczos process: its tridiagonal matrix has the nodes as eigenvalues.
+    By the recurrence of the orthonormal polynomials (Stieltjes' procedure); the zeros of one lie between those of the
+    next.
     """
-    v = torch.exp(-step * torch.arange(1, int(60 / step), dtype=torch.float64, device="cpu"))
-    vector = (step * v).sqrt()
-    total = vector.norm()
-    basis = [vector / total]
-    for _ in range(count - 1):
-        vector = v * basis[-1]
-        for _ in range(2):  # twice is enough for orthogonality to all digits
-            for known in basis:
-                vector = vector - (vector @ known) * known
-        basis.append(vector / vector.norm())
-    Q = torch.stack(basis)
-    nodes, vectors = torch.linalg.eigh((Q * v) @ Q.T)
-    return nodes, (total * vectors[0]) ** 2
+    total = math.fsum(mass for _, mass in measure)
+    shift: list[float] = []  # b_n p_n = (v - a_n) p_{n-1} - b_{n-1} p_{n-2}: a_n
+    norm = [0.0]  # and b_n
+
+    def polynomials(v: float) -> list[float]:
+        found = [0.0, total**-0.5]
+        for a, b, c in zip(shift, norm, norm[1:], strict=False):
+            found.append(((v - a) * found[-1] - b * found[-2]) / c)
+        return found[1:]
+
+    zeros: list[float] = []
+    for _ in range(most):
+        values = [(v, mass, polynomials(v)) for v, mass in measure]
+        shift.append(math.fsum(mass * v * p[-1] ** 2 for v, mass, p in values))
+        before = norm[-1]
+        rest = [(v - shift[-1]) * p[-1] - (before * p[-2] if len(p) > 1 else 0.0) for v, _, p in values]
+        norm.append(math.sqrt(math.fsum(mass * r**2 for (_, mass, _), r in zip(values, rest, strict=True))))
+        zeros = [_zero(lambda v: polynomials(v)[-1], *ends) for ends in pairwise([0.0, *zeros, 1.0])]
+        yield [(zero, 1 / math.fsum(p**2 for p in polynomials(zero)[:-1])) for zero in zeros]
 
 
-def _reach(step: float, nodes: Tensor, weights: Tensor, tolerance: float) -> float:
-    """The largest z <= 8 so that both rules give sums of exp(-D v) that are equal for D <= z, relative to 1 / D."""
-    D = torch.linspace(0.05, 8, 160, dtype=torch.float64, device="cpu")[:, None]
-    v = torch.exp(-step * torch.arange(1, int(60 / step), dtype=torch.float64, device="cpu"))
-    exact, found = step * v * torch.exp(-D * v), weights * torch.exp(-D * nodes)
-    value = (D[:, 0] * (exact.sum(1) - found.sum(1))).abs() < tolerance
-    slope = (D[:, 0] ** 2 * (exact @ v - found @ nodes)).abs() < tolerance
-    good = int((value & slope).long().cumprod(0).sum())
-    return float(D[good - 1]) if good else 0.0
+def _zero(f: Callable[[float], float], low: float, high: float) -> float:
+    rising = f(high) > 0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if (f(middle) > 0) == rising else (middle, high)
+    return (low + high) / 2
+
+
+def _reach(step: float, masses: list[float], pairs: list[tuple[float, float]], tolerance: float) -> float:
+    """The largest D <= 8 up to which sum w exp(-D v) is the same for the rule and the masses, relative to 1 / D."""
+    reach = 0.0
+    for D in (8 * 0.95**n for n in range(100, -1, -1)):
+        terms = [(v, step * v * math.exp(-D * v)) for v in masses]
+        terms += [(v, -w * math.exp(-D * v)) for v, w in pairs]
+        value, slope = math.fsum(t for _, t in terms), math.fsum(v * t for v, t in terms)
+        if max(abs(D * value), abs(D * D * slope)) > tolerance:
+            break
+        reach = D
+    return reach
