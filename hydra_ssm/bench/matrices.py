@@ -54,7 +54,7 @@ class Sizes:
         if longest < 2 * SHORTEST:
             raise ValueError(f"--longest must be at least {2 * SHORTEST}, got {longest}")
         kind = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
-        return cls(place, kind, longest, *((2, 16, 8, 1.5) if on_cpu else (8, 64, 16, 0.4)))
+        return cls(place, kind, longest, *((2, 16, 8, 1.2) if on_cpu else (8, 64, 16, 0.4)))
 
     def lengths(self) -> list[int]:
         """Octaves."""
