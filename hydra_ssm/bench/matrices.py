@@ -28,7 +28,7 @@ from .report import write_json
 from .settings import DTYPES, Say, WrongResult, device_of
 
 SHORTEST = 256
-REPEATS, PATIENCE = 9, 2.0  # of a run, as long as it has not taken so many seconds
+REPEATS, PATIENCE = 9, 4.0  # of a run, as long as it has not taken so many seconds
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 MEMORY = 4e9  # bytes of a step on a CPU; a GPU says itself what does not fit
 
@@ -54,7 +54,7 @@ class Sizes:
         if longest < 2 * SHORTEST:
             raise ValueError(f"--longest must be at least {2 * SHORTEST}, got {longest}")
         kind = DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
-        return cls(place, kind, longest, *((2, 16, 8, 1.2) if on_cpu else (8, 64, 16, 0.4)))
+        return cls(place, kind, longest, *((2, 8, 4, 1.2) if on_cpu else (8, 64, 16, 0.4)))
 
     def lengths(self) -> list[int]:
         """Octaves."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._autograd import closed_form
 from ._parts import AT_ONCE, cuts, on_cpu, parts
+from ._precision import at_least_float32
 
 
 def exponential_sum(alpha: Tensor, beta: Tensor, scale: Tensor, exponents: Tensor, x: Tensor) -> Tensor:
@@ -32,20 +33,20 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, beta: Tensor, scale: Tensor, s: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(alpha, beta, scale, s, x)
-        y = torch.zeros_like(x)
+        y = at_least_float32(torch.zeros_like(x))  # several d may add to it
         with torch.autocast(x.device.type, enabled=False):
             for n, terms, tokens in _parts(alpha, x, s):
                 factor = partial(_factor, scale[n, terms], s, x.dtype)
                 state = _added(factor(beta[n, terms, t]) @ x[n, t] for t in tokens).to(x.dtype)
                 for t in tokens:
-                    y[n, t].baddbmm_(factor(alpha[n, terms, t]).mT, state)
-        return y
+                    y[n, t].add_(factor(alpha[n, terms, t]).mT @ state)
+        return y.to(x.dtype)
 
     @staticmethod
     @closed_form
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor]:
         alpha, beta, scale, s, x = ctx.saved_tensors
-        dx, dalpha, dbeta = torch.zeros_like(x), torch.zeros_like(alpha), torch.zeros_like(beta)
+        dx, dalpha, dbeta = at_least_float32(torch.zeros_like(x)), torch.zeros_like(alpha), torch.zeros_like(beta)
         for n, terms, tokens in _parts(alpha, x, s):
             factor = partial(_factor, scale[n, terms], s, x.dtype)
             rows, columns = (_found(factor, angle[n, terms], tokens) for angle in (alpha, beta))
@@ -53,10 +54,10 @@ class _Sum(torch.autograd.Function):
             adjoint = _added(rows(t) @ grad[n, t] for t in tokens).to(x.dtype)
             for t in tokens:
                 own = columns(t)
-                dx[n, t].baddbmm_(own.mT, adjoint)
+                dx[n, t].add_(own.mT @ adjoint)
                 dbeta[n, terms, t] = _angle_grad(own, adjoint @ x[n, t].mT, s)
                 dalpha[n, terms, t] = _angle_grad(rows(t), state @ grad[n, t].mT, s)
-        return dalpha, dbeta, None, None, dx
+        return dalpha, dbeta, None, None, dx.to(x.dtype)
 
 
 def _parts(alpha: Tensor, x: Tensor, s: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:

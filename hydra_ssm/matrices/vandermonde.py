@@ -24,9 +24,9 @@ MOST_NODES = 192  # of the interpolation; beyond, a non-uniform FFT is faster
 class Vandermonde(StructuredMatrix):
     """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3. O(L log L).
 
-    The product is exact to a tolerance. While angles stay small, up to 100 or so at the last token, a few nodes in time
+    The product is exact to a tolerance. While angles stay small, up to 350 or so at the last token, a few nodes in time
     interpolate all cosines; their number follows from the largest of q and k, which a GPU's host waits for. Larger
-    angles take a non-uniform FFT, and so do all while torch compiles or captures a CUDA graph: it needs no such number.
+    angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static`.
     """
 
     q: Tensor  # (B, L, H, d)
@@ -70,5 +70,10 @@ class Vandermonde(StructuredMatrix):
 
 
 def _static(x: Tensor) -> bool:
-    """Whether the operations must be the same for all values: while torch compiles them or captures a CUDA graph."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the operations must be the same for all values: while torch compiles them or captures a CUDA graph.
+
+    Graphs are captured on another stream than the default one, and run there before, so that libraries are prepared.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return x.is_cuda and torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device)
