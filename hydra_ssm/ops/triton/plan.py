@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import triton
 from torch import Tensor
 
 from .feature_grads import FeatureGradsConfig
 from .output import OutputConfig
 from .states import StatesConfig
 from .value_grads import ValueGradsConfig
+
+FEW = 32  # chunks: a program that went through all heads of one would leave most of a device idle
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Plan:
 
     chunk: int = 128
     pair: bool = False  # where one chunk is all there is, the backward pass takes it in two tiles
+    split: int = 1  # parts that heads which share B and C are dealt to, where chunks are too few to fill a device
     precision: str = "ieee"  # of float32 products, exact; ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -35,16 +39,19 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
     heads = H // G
+    few = batch * triton.cdiv(L, 64 if backward and L > 128 else 128) <= FEW
+    split = heads & -heads if few and G == 1 else 1  # the power of two in it: one program more to compile, not many
     if x.dtype == torch.float32 or max(N, P) > 64:
-        chunk, output = 32, OutputConfig(heads, 32, False, 4, 2)
+        chunk, output = 32, OutputConfig(heads // split, 32, False, 4, 2)
         stages = 1 if x.dtype == torch.float32 else 2  # more does not fit beside such tiles
     elif not backward or L <= 128:
-        chunk, output, stages = 128, OutputConfig(heads, 128, False, 8, 4), 3
+        chunk, output, stages = 128, OutputConfig(heads // split, 128, False, 8, 4), 3
     else:
-        chunk, output, stages = 64, OutputConfig(heads, 64, True, 4, 3), 3
+        chunk, output, stages = 64, OutputConfig(heads // split, 64, True, 4, 3), 3
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
+        split=split,
         states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
         feature_grads=FeatureGradsConfig(stages=stages),

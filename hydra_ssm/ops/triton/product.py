@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -49,8 +50,9 @@ def quasiseparable_forward(
     if x.shape[1] * x.shape[2] >= LONGEST:
         raise ValueError(f"length times heads must be less than {LONGEST} in one sequence, got {tuple(x.shape)}")
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
+    features = B_f, C_f, B_b, C_b = _dealt((B_f, C_f, B_b, C_b), how)
     states = _states(x, B_f, B_b, decays, ids, how)
-    y = chunk_outputs(x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision)
+    y = chunk_outputs(x, features, decays, ids, states, how.chunk, how.output, how.precision)
     return y, states
 
 
@@ -71,27 +73,42 @@ def quasiseparable_backward(
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
     Q, precision = how.chunk, how.precision
+    grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
+    features = B_f, C_f, B_b, C_b = _dealt((B_f, C_f, B_b, C_b), how)
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     if states is None:
         states = _states(x, B_f, B_b, decays, ids, how)
     elif states.shape[2] != triton.cdiv(x.shape[1], Q):
         raise ValueError(f"saved states must be of chunks of {Q} tokens, got {states.shape[2]} for {x.shape[1]} tokens")
     adjoint = _states(dy, C_f, C_b, decays, ids, how, adjoint=True)
-    features = (B_f, C_f, B_b, C_b)
     through = None
     if states is not None:
         assert adjoint is not None
         through = feature_grads(x, dy, features, decays, ids, states, adjoint, Q, how.feature_grads, precision)
     dx = _to(into.dx, x)
-    grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
+    parts = grads
+    if how.split > 1:
+        new = partial(torch.empty, B_f.shape, dtype=torch.float32, device=x.device)
+        parts = new(), new(), new(), new()
     tiles = value_grads(
-        x, dy, features, decays, ids, adjoint, through, dx, grads, Q, how.pair, how.value_grads, precision, back
+        x, dy, features, decays, ids, adjoint, through, dx, parts, Q, how.pair, how.value_grads, precision, back
     )
     ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
         steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b, decays.shifted
     )
+    if how.split > 1:
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.sum(2, keepdim=True))
     dB_f, dC_f, dB_b, dC_b = grads
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
+
+
+def _dealt(features: tuple[Tensor, Tensor, Tensor, Tensor], how: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The features as several groups that are one in memory, where the plan splits the heads of their group."""
+    if how.split == 1:
+        return features
+    B_f, C_f, B_b, C_b = (t.expand(-1, -1, how.split, -1) for t in features)
+    return B_f, C_f, B_b, C_b
 
 
 def _to(given: Tensor | None, like: Tensor) -> Tensor:
