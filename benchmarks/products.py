@@ -113,7 +113,7 @@ def compare(M: Cauchy | Vandermonde, ways: dict[str, Product]) -> None:
 
 def by_rows(M: Cauchy | Vandermonde, x: Tensor) -> Tensor:
     """The product by its definition, a few rows at a time."""
-    place = torch.arange(x.shape[1]) * (2 * math.pi * FREQUENCY)
+    place = torch.arange(x.shape[1], dtype=x.dtype) * (2 * math.pi * FREQUENCY)
     parts = []
     for i in torch.arange(x.shape[1]).split(256):
         rows = x.new_zeros(1, HEADS, len(i), x.shape[1])
