@@ -20,17 +20,20 @@ HELP = """Bidirectional state space encoders for text.
 usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
 
   pretrain     train a masked language model on text
+  data prepare turn text of any size into shards of tokens for pretrain
   fill-mask    show the likeliest words for each [MASK] of a text
   embed        write a vector for each paragraph of a file
   inspect      draw the matrices that a model mixes a sentence with
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention
   ablate       compare the matrix classes: train a model of each, alike in all else
+  glue         fine-tune a model on GLUE's tasks, and show the paper's table
 
 examples:
 
   hydra-ssm pretrain                                    a small model on a text that Python carries: 3 minutes
   hydra-ssm pretrain notes/ book.txt --out runs/mine    on your own files and folders
+  hydra-ssm data prepare books/ --out shards            text of any size, tokenised and packed once and for all
   hydra-ssm fill-mask runs/mine "A [MASK] sentence."    what it learned
   hydra-ssm embed runs/mine notes/today.md              a vector for each paragraph
   hydra-ssm inspect runs/mine "A sentence."             which tokens each token reads: a picture and a page
@@ -82,7 +85,8 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
     tyro = require("tyro", "train")
     from .train.commands import COMMANDS
 
-    name, *rest = given
+    words = 2 if " ".join(given[:2]) in COMMANDS else 1
+    name, rest = " ".join(given[:words]), given[words:]
     command = COMMANDS.get(name)
     if command is None:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name}")

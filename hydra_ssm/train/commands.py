@@ -18,6 +18,10 @@ def _by_preset(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
 
 
+def _by_task(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="(default: the paper's, by task)")
+
+
 def _by_size(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: by size)")
 
@@ -74,11 +78,13 @@ def pretrain(
         hydra-ssm pretrain
         hydra-ssm pretrain notes/ book.txt --out runs/mine
         hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
+        hydra-ssm pretrain shards/ --preset hydra-base
         hydra-ssm pretrain --out runs/mine --resume
 
     Args:
-        sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), or the name of one on the
-            Hugging Face Hub (NAME or NAME:CONFIGURATION). None: the language reference that Python carries.
+        sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), the name of one on the
+            Hugging Face Hub (NAME or NAME:CONFIGURATION), or a folder that data prepare wrote, which has a tokenizer,
+            a length and held-out rows of its own. None: the language reference that Python carries.
         preset: A size of model: hydra-tiny, bert-tiny, hydra-base, bert-base, ...
         out: The folder of the run: model, tokenizer, model card, and what is needed to resume.
         resume: Go on with the run in --out from its newest checkpoint; its settings are known.
@@ -86,6 +92,7 @@ def pretrain(
     """
     for package in ("accelerate", "matplotlib", "rich", "tensorboard"):  # missing at the start of a run, not at its end
         require(package, extra="train")
+    from .data.shards import settings_of
     from .errors import UserError
     from .pretrain import Recipe, example
     from .pretrain import pretrain as start
@@ -99,7 +106,7 @@ def pretrain(
     if resume:
         recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
     else:
-        recipe = Recipe.of(preset or "hydra-tiny", **given)
+        recipe = Recipe.of(preset or "hydra-tiny", **settings_of(sources) | given)
         score = start(recipe, out, overwrite=overwrite)
     if score is None:
         print(f"the run in {out} has ended already")
@@ -109,6 +116,65 @@ def pretrain(
         )
     place = shlex.quote(str(out))
     print(f"next: hydra-ssm fill-mask {place} {shlex.quote(example(recipe))}\n      hydra-ssm embed {place} FILE")
+
+
+def data_prepare(
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="DIR")],
+    tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None,
+    vocab_size: int = 30522,
+    length: int = 512,
+    rows: Literal["packed", "cut"] = "packed",
+    documents: Literal["file", "paragraph", "line"] = "file",
+    column: str = "text",
+    held_out: float = 0.01,
+    shard_tokens: int = 1 << 24,
+    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one a core)")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn text of any size into shards of tokens that pretrain reads, once and for all.
+
+    Sources are read as streams, so that memory does not grow with them; a killed command goes on when it is given
+    again, and its result is the same, byte for byte. What cannot be read (damaged or truncated files, records without
+    text, bytes that are no UTF-8) and what should not (empty documents, documents that occurred before) is counted,
+    shown, and listed in DIR/manifest.json, beside the hash of every shard.
+
+    In use:
+        hydra-ssm data prepare books/ --out shards --documents paragraph
+        hydra-ssm data prepare c4/*.json.gz --tokenizer vocab.txt --length 128 --out c4-128
+        hydra-ssm data prepare allenai/c4:en --tokenizer vocab.txt --jobs 16 --out c4
+        hydra-ssm pretrain shards --preset hydra-base
+
+    Args:
+        sources: Files (.txt, .md, .rst, .jsonl, .json, .csv, also with .gz or .zst behind; .parquet), folders of them,
+            a folder of the datasets library, or the name of a data set on the Hugging Face Hub (NAME or
+            NAME:CONFIGURATION), whose split train is streamed.
+        out: A new folder for the shards, or one to go on with.
+        tokenizer: A folder with a tokenizer, or a vocab.txt. One is trained on the first 50 million characters
+            otherwise.
+        vocab_size: Most tokens of a trained tokenizer.
+        length: Most tokens of a row.
+        rows: packed: documents fill rows together, without padding, longer ones in pieces. cut: each document is a
+            row and ends where the row does, as in the paper; what is cut off is counted.
+        documents: What a document is in plain text: a file, a paragraph (blank lines separate them), or a line.
+        column: The field or column that holds the text of a record.
+        held_out: Share of the documents to evaluate on, chosen by their text.
+        shard_tokens: A shard is closed when it holds so many, or some more.
+        jobs: Processes that turn text into tokens.
+        overwrite: Begin again where there are shards of other settings.
+    """
+    for package in ("datasets", "pyarrow", "rich"):
+        require(package, extra="train")
+    from .data.prepare import Settings as Preparation
+    from .data.report import prepare_and_show
+
+    settings = Preparation(
+        sources, tokenizer, vocab_size, length, rows, documents, column, held_out, shard_tokens
+    )  # fmt: skip
+    prepare_and_show(settings, out, jobs=jobs, overwrite=overwrite)
+    print(f"next: hydra-ssm pretrain {shlex.quote(str(out))}")
 
 
 def fill_mask(
@@ -407,16 +473,72 @@ def ablate(
     start(sources, out, size=size, rows=rows, seeds=seeds, jobs=jobs, limit=limit, **given)
 
 
+def glue(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    /,
+    *,
+    data: Annotated[str, arg(metavar="FOLDER")],
+    tasks: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2, 3, 4),
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: DIR/glue)")] = None,
+    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: GPUs, or cores)")] = None,
+    limit: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None,
+    direct: bool = False,
+    learning_rate: Annotated[float | None, _by_task("X")] = None,
+    epochs: Annotated[float | None, _by_task("X")] = None,
+    batch_size: Annotated[int | None, _by_task("N")] = None,
+    length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 256)")] = None,
+) -> None:
+    """Fine-tune a model on GLUE's tasks by the paper's recipe, and show the paper's table with it.
+
+    RTE, MRPC and STS-B start from the model fine-tuned on MNLI with their seed. Leaves glue.json in --out (every run,
+    mean and spread of every metric), and in predictions/ the answers for the test sets in the form that GLUE's site
+    takes. The same command goes on where it stopped, and adds tasks and seeds.
+
+    In use:
+        hydra-ssm glue runs/mine --data glue/
+        hydra-ssm glue runs/mine --data glue/ --tasks rte mrpc --seeds 0 1 2 --jobs 4
+        hydra-ssm glue runs/mine --data nyu-mll/glue --limit 3000
+
+    Args:
+        model: A folder that pretrain or convert wrote, or save_pretrained with the model and its tokenizer.
+        data: A folder with a folder for each task (CoLA, SST-2, ...) with its TSV files as distributed, or the name of
+            a Hugging Face data set.
+        tasks: CoLA SST-2 MRPC STS-B QQP MNLI QNLI RTE, or all. One whose data is not there is left out.
+        seeds: Of the heads, the order of the examples and the dropout.
+        out: The folder of the runs and of what they found.
+        jobs: Runs at once, spread over the GPUs.
+        limit: Stop after so many seconds, and some more to save, to go on later.
+        direct: Start every task from the model itself, none from MNLI.
+        learning_rate: Of all tasks.
+        epochs: Of all tasks.
+        batch_size: Of all tasks.
+        length: Most tokens of an example.
+    """
+    require("accelerate", extra="train")
+    from .finetune import glue as start
+
+    settings: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "length": length,
+    }
+    start(model, data, out, tasks=tasks, seeds=seeds, jobs=jobs, limit=limit, direct=direct, **settings)
+
+
 def _shortened(text: str) -> str:
     return textwrap.shorten(text, 100, placeholder=" ...")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
+    "data prepare": data_prepare,
     "fill-mask": fill_mask,
     "embed": embed,
     "inspect": inspect,
     "convert": convert,
     "bench": bench,
     "ablate": ablate,
+    "glue": glue,
 }

@@ -1,0 +1,171 @@
+"""From what is asked for to the paper's table: what `hydra-ssm glue` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..ablation.command import Interrupted
+from ..ablation.run import Say, speak
+from ..checkpoints import UNFINISHED, whole_file
+from ..errors import UserError
+from . import metrics
+from .data import TaskData, find
+from .engine import load_words
+from .jobs import run_all, usual_jobs
+from .report import collect, table
+from .run import PLAN, Key, Plan, finished, weights_of
+from .tasks import MNLI, TASKS, choose
+
+REPORT = "glue.json"
+LOCK = ".lock"
+SEEDS = (0, 1, 2, 3, 4)
+
+
+def glue(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    seeds: Sequence[int] = SEEDS,
+    jobs: int | None = None,
+    limit: float | None = None,
+    direct: bool = False,
+    say: Say = speak,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `hydra-ssm glue` does, for a machine where what parses its options is missing. Returns what JSON has.
+
+    python -c "from hydra_ssm.train.finetune import glue; glue('runs/mine', 'glue/', jobs=4, limit=500)"
+
+    What has begun in `out` goes on, with the settings that it has. Needs torch, einops, NumPy, transformers,
+    tokenizers, accelerate, safetensors, SciPy and scikit-learn; for data sets that are not TSV files, datasets.
+
+    Args:
+        model: a folder that pretrain, convert or save_pretrained wrote, with its tokenizer.
+        data: a folder with one folder a task, as GLUE is distributed, or the name of a Hugging Face data set.
+        out: a folder that is new, empty or holds such runs; None for glue/ in the model's folder.
+        tasks: their names, none for all. MNLI is run besides where others start from it.
+        seeds: of the heads, the order of the examples and the dropout.
+        jobs: runs at once; None for one on each GPU, and on a CPU as many as it has cores, but 8 at most.
+        limit: seconds after which the runs stop, to be gone on with by the same call.
+        direct: every task starts from the model; else RTE, MRPC and STS-B from the model fine-tuned on MNLI.
+        settings: length, learning_rate, epochs, batch_size: in place of the paper's for all tasks.
+
+    Raises:
+        UserError: what the user can repair.
+        ImportError: SciPy or scikit-learn is missing.
+        Interrupted: SIGINT or SIGTERM came; what the runs had is kept.
+    """
+    started = time.time()
+    metrics.check_installed()
+    _check(seeds, jobs, limit, settings)
+    chosen = _choose(tasks)
+    load_words(model)
+    folder = Path(model) / "glue" if out is None else Path(out)
+    given = {name: value for name, value in settings.items() if value is not None}
+    plan = Plan(str(model), weights_of(Path(model)), str(data), direct, **given)
+    there, absent = _look(plan, chosen)
+    with _alone(folder):
+        _agree(plan, folder)
+        for reason in absent:
+            say(reason)
+        keys = [Key(name, seed) for seed in dict.fromkeys(seeds) for name in there]
+        _tell(folder, there, keys, say)
+        deadline = float("inf") if limit is None else started + limit
+        received = run_all(folder, keys, direct, jobs or usual_jobs(), deadline, say)
+        report = collect(folder, plan, absent)
+        say(table(report))
+        with whole_file(folder / REPORT) as part:
+            part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        say(f"wrote {folder / REPORT}")
+    if received is not None:
+        raise Interrupted(received, folder)
+    return report
+
+
+def _choose(tasks: Sequence[str]) -> list[str]:
+    try:
+        return choose(list(tasks))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _check(seeds: Sequence[int], jobs: int | None, limit: float | None, settings: dict[str, Any]) -> None:
+    if (jobs is not None and jobs < 1) or (limit is not None and not limit >= 0):
+        raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
+    if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
+        raise UserError(f"seeds must be at least 0 and below {2**32}, one or more, got {list(seeds)}")
+    for name, value in settings.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be above 0, got {value}")
+
+
+def _look(plan: Plan, chosen: Sequence[str]) -> tuple[dict[str, TaskData], list[str]]:
+    """Where the data of each task is, MNLI's too where others start from it; and what is not there."""
+    wanted = set(chosen)
+    if not plan.direct and any(TASKS[name].after_mnli for name in chosen):
+        wanted.add(MNLI)
+    found = {name: find(plan.data, TASKS[name]) for name in TASKS if name in wanted}
+    there = {name: data for name, data in found.items() if not isinstance(data, str)}
+    absent = [f"{name} is left out: {reason}" for name, reason in found.items() if isinstance(reason, str)]
+    if not there:
+        raise UserError(f"--data must hold one of the tasks, {plan.data} holds none: {absent[0]}")
+    later = [name for name in there if TASKS[name].after_mnli]
+    if later and MNLI not in there and not plan.direct:
+        absent.append(f"{', '.join(later)}: without MNLI, from the model itself")
+    return there, absent
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in the folder. Raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} must be a folder, it is a file")
+    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    foreign = [name for name in entries if name != LOCK and not name.startswith(UNFINISHED)]
+    if foreign and PLAN not in foreign:
+        raise UserError(f"{folder} must be new, empty or hold runs of glue, it holds {min(foreign)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"glue is at work in {folder} already: choose another --out, or wait") from None
+        yield
+
+
+def _agree(plan: Plan, folder: Path) -> None:
+    """Runs of a folder have one plan. Raises UserError where it has another."""
+    if not (folder / PLAN).is_file():
+        plan.write(folder)
+        return
+    for name, value in asdict(Plan.read(folder)).items():
+        got = getattr(plan, name)
+        if value != got and name not in ("model", "data"):  # these may have been moved
+            what = "the model has other weights than" if name == "weights" else f"{name} is {value}, not {got}, in"
+            raise UserError(f"{what} the runs that {folder} holds: choose another --out")
+    plan.write(folder)
+
+
+def _tell(folder: Path, there: dict[str, TaskData], keys: Sequence[Key], say: Say) -> None:
+    """What is read, and what of it is left out, before the first run of a task."""
+    for name, data in there.items():
+        if all(finished(folder, key) for key in keys if key.task == name):
+            continue
+        parts = {"train": data.train(), **{f"dev{ending}": read() for ending, read in data.dev.items()}}
+        parts |= {f"test ({name})": read() for name, read in data.test.items()}
+        say(f"{name}: {', '.join(f'{part} {len(found):,}' for part, found in parts.items())}".replace("_", " "))
+        for found in parts.values():
+            for remark in found.remarks:
+                say(f"  {remark}")
