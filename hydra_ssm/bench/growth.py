@@ -121,7 +121,9 @@ def draw(path: Path, points: Sequence[Point], title: str) -> None:
     figure.suptitle(title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=110)
+    image = require("PIL.Image", "train")  # comes with matplotlib
+    image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _laws(axis: Any) -> None:
