@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..text.collators import IGNORED, MaskedLMCollator
+from .data.shards import TokenSequence
 from .rows import EvaluationRows
 
 SLICE = 1 << 20  # tokens that are counted together
@@ -21,7 +22,9 @@ class Score(NamedTuple):
     tokens: int  # that were to be predicted
 
 
-def unigram(training_tokens: NDArray[np.integer], rows: EvaluationRows, collator: MaskedLMCollator) -> Score:
+def unigram(
+    training_tokens: NDArray[np.integer] | TokenSequence, rows: EvaluationRows, collator: MaskedLMCollator
+) -> Score:
     """The training text's token frequencies, one added to each, on the tokens that the evaluation hides."""
     counts = token_counts(training_tokens, len(collator.special)) + 1.0
     counts[collator.special] = 0  # never hidden
@@ -30,7 +33,7 @@ def unigram(training_tokens: NDArray[np.integer], rows: EvaluationRows, collator
     return Score(float(-np.log(probability[hidden]).mean()), float((hidden == counts.argmax()).mean()), len(hidden))
 
 
-def token_counts(tokens: NDArray[np.integer], vocabulary: int) -> NDArray[np.int64]:
+def token_counts(tokens: NDArray[np.integer] | TokenSequence, vocabulary: int) -> NDArray[np.int64]:
     """(vocabulary,) how often each token occurs; np.bincount copies its argument, so it gets slices."""
     counts = np.zeros(vocabulary, dtype=np.int64)
     for start in range(0, len(tokens), SLICE):

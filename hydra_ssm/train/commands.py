@@ -170,9 +170,7 @@ def data_prepare(
     from .data.prepare import Settings as Preparation
     from .data.report import prepare_and_show
 
-    settings = Preparation(
-        sources, tokenizer, vocab_size, length, rows, documents, column, held_out, shard_tokens
-    )  # fmt: skip
+    settings = Preparation(sources, tokenizer, vocab_size, length, rows, documents, column, held_out, shard_tokens)
     prepare_and_show(settings, out, jobs=jobs, overwrite=overwrite)
     print(f"next: hydra-ssm pretrain {shlex.quote(str(out))}")
 
@@ -533,12 +531,12 @@ def _shortened(text: str) -> str:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
-    "data prepare": data_prepare,
     "fill-mask": fill_mask,
     "embed": embed,
     "inspect": inspect,
     "convert": convert,
     "bench": bench,
     "ablate": ablate,
+    "data prepare": data_prepare,
     "glue": glue,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..text import HydraConfig, preset
 from ..text.collators import MaskedLMCollator
 from ..text.tokenizer import load_tokenizer, train_tokenizer
 from .baseline import token_counts, unigram
+from .checkpoints import MANIFEST
+from .data.shards import ShardRows, TokenSequence, is_shards, sha256, verify
 from .errors import UserError
 from .packing import PackedRows, pieces
 from .recipe import Recipe
@@ -23,6 +26,7 @@ from .trainer import arguments
 
 EVALUATION_RATE = 0.15  # of the held-out tokens are hidden
 MOST_UNKNOWN, SOME_UNKNOWN = 0.5, 0.05  # of the words: no text for this tokenizer; worth a warning
+SHARDS = "shards.json"  # in place of train/: where the rows are, and what they were when the run began
 TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on; more of them change it little
 
 
@@ -32,17 +36,14 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     Raises UserError where the recipe, the text or the tokenizer is no good: all that a run reads is read once.
     """
     config = _config(recipe)
-    corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
-    tokenizer = make_tokenizer(recipe, corpus)
+    if any(map(is_shards, recipe.sources)):
+        tokenizer = _from_shards(recipe, folder)
+    else:
+        tokenizer = _from_text(recipe, folder)
     config.vocab_size = -(-len(tokenizer) // 8) * 8
     config.pad_token_id = tokenizer.pad_token_id
     if config.max_position_embeddings > 0:
         tokenizer.model_max_length = config.max_position_embeddings  # where truncation=True cuts
-    for name, held_out in (("train", False), ("held_out", True)):
-        texts = (text for is_held_out, text in corpus if is_held_out == held_out)
-        rows = PackedRows.write(folder / name, pieces(texts, tokenizer, recipe.length), recipe.length)
-        _check_enough(rows, recipe, held_out)
-        check_known(rows.tokens, tokenizer)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
@@ -50,7 +51,63 @@ def prepare(recipe: Recipe, folder: Path) -> None:
     Prepared(recipe, folder)
 
 
-def check_known(tokens: NDArray[np.integer], tokenizer: PreTrainedTokenizerBase) -> None:
+def _from_text(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """Rows of the recipe's text, and their tokenizer."""
+    corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
+    tokenizer = make_tokenizer(recipe, corpus)
+    for name, held_out in (("train", False), ("held_out", True)):
+        _write(folder / name, (text for is_held_out, text in corpus if is_held_out == held_out), tokenizer, recipe)
+        _check_rows(PackedRows(folder / name), recipe, tokenizer, held_out)
+    return tokenizer
+
+
+def _from_shards(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of shards, whose rows stay where they are. Those held out are theirs, or of the recipe's text."""
+    if len(recipe.sources) > 1:
+        raise UserError(f"shards must be the only source, got {', '.join(recipe.sources)}: prepare them together")
+    if recipe.tokenizer is not None:
+        raise UserError(f"shards have the tokenizer that made them, got another, {recipe.tokenizer}: leave it out")
+    shards = Path(recipe.sources[0]).expanduser().resolve()
+    manifest = verify(shards)
+    if manifest["settings"]["length"] != recipe.length:
+        raise UserError(f"length must be {manifest['settings']['length']}, that of the shards, got {recipe.length}")
+    tokenizer = load_tokenizer(shards / "tokenizer")
+    _check_rows(ShardRows(shards, "train"), recipe, tokenizer, held_out=False)
+    if recipe.held_out:
+        corpus = open_corpus(recipe.held_out, column=recipe.column)
+        _write(folder / "held_out", (text for _, text in corpus), tokenizer, recipe)
+    rows = PackedRows(folder / "held_out") if recipe.held_out else ShardRows(shards, "held_out")
+    _check_rows(rows, recipe, tokenizer, held_out=True)
+    facts = {"folder": str(shards), "manifest": sha256(shards / MANIFEST)}
+    (folder / SHARDS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def _write(folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    PackedRows.write(folder, pieces(texts, tokenizer, recipe.length), recipe.length)
+
+
+def _check_rows(
+    rows: PackedRows | ShardRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: bool
+) -> None:
+    _check_enough(rows, recipe, held_out)
+    check_known(rows.tokens, tokenizer)
+
+
+def _open_rows(folder: Path) -> dict[str, PackedRows | ShardRows]:
+    """Of both splits. Raises UserError where shards have changed since the run began."""
+    names = ("train", "held_out")
+    if not (folder / SHARDS).exists():
+        return {name: PackedRows(folder / name) for name in names}
+    facts = json.loads((folder / SHARDS).read_text(encoding="utf-8"))
+    shards = Path(facts["folder"])
+    verify(shards)
+    if sha256(shards / MANIFEST) != facts["manifest"]:
+        raise UserError(f"{shards} must be the shards that the run began with, they were prepared anew since")
+    return {name: PackedRows(folder / name) if (folder / name).exists() else ShardRows(shards, name) for name in names}
+
+
+def check_known(tokens: NDArray[np.integer] | TokenSequence, tokenizer: PreTrainedTokenizerBase) -> None:
     """The tokenizer has tokens for the text: [UNK] alone teaches nothing. Warns or raises UserError where it lacks."""
     counts = token_counts(tokens, len(tokenizer))
     unknown = int(counts[tokenizer.unk_token_id])
@@ -71,7 +128,8 @@ class Prepared:
         self.recipe = recipe
         self.config = HydraConfig.from_pretrained(folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / "tokenizer")
-        self.train_rows, self.held_out_rows = PackedRows(folder / "train"), PackedRows(folder / "held_out")
+        found = _open_rows(folder)
+        self.train_rows, self.held_out_rows = found["train"], found["held_out"]
         rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
         self.training = rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)
         self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
@@ -109,7 +167,7 @@ def _sample(corpus: Corpus) -> Iterator[str]:
             return
 
 
-def _check_enough(rows: PackedRows, recipe: Recipe, held_out: bool) -> None:
+def _check_enough(rows: PackedRows | ShardRows, recipe: Recipe, held_out: bool) -> None:
     """One batch to train on, one token to evaluate on."""
     tokens, batch = len(rows.tokens), recipe.batch_size * recipe.length
     if held_out and not tokens:

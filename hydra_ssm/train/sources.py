@@ -122,8 +122,8 @@ def open_source(source: str, column: str) -> Texts:
 
 def _folder(path: Path, column: str) -> Texts:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        return _column(require("datasets", "train").load_from_disk(str(path)), column, str(path))
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        return _column(open_saved(path), column, str(path))
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
     texts = [p for p in files if p.suffix in TEXT and not _is_blank(p)]
     data = [p for p in files if p.suffix in DATA]
     if texts and data:
@@ -142,7 +142,8 @@ def _is_blank(path: Path) -> bool:
         return not any(map(str.strip, lines))
 
 
-def _hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Whether the file, or a folder that it is in, is hidden."""
     return any(part.startswith(".") for part in path.parts)
 
 
@@ -160,11 +161,19 @@ def _data_file(path: Path, column: str) -> Texts:
 
 
 def _hub(source: str, column: str) -> Texts:
+    return _column(open_hub(source), column, source)
+
+
+def open_hub(source: str, **options: Any) -> Any:
+    """The split train of a data set NAME or NAME:CONFIGURATION. Raises UserError where it cannot be loaded."""
     name, _, config = source.partition(":")
-    dataset = _load(
-        f"{source} is neither a file, a folder nor a data set that could be loaded", name, name=config or None
-    )
-    return _column(dataset, column, source)
+    mistake = f"{source} is neither a file, a folder nor a data set that could be loaded"
+    return _load(mistake, name, name=config or None, **options)
+
+
+def open_saved(path: Path) -> Any:
+    """The data set that save_to_disk wrote, or the split train of several. Raises UserError where there is none."""
+    return _training(require("datasets", "train").load_from_disk(str(path)), str(path))
 
 
 def _load(mistake: str, path: str, **options: Any) -> Any:
@@ -189,11 +198,15 @@ def _load(mistake: str, path: str, **options: Any) -> Any:
             datasets.enable_progress_bars()
 
 
+def _training(dataset: Any, source: str) -> Any:
+    if not isinstance(dataset, dict):
+        return dataset
+    if "train" not in dataset:
+        raise UserError(f"the data set {source} must have a split train, it has {', '.join(dataset)}")
+    return dataset["train"]
+
+
 def _column(dataset: Any, column: str, source: str) -> Column:
-    if isinstance(dataset, dict):
-        if "train" not in dataset:
-            raise UserError(f"the data set {source} must have a split train, it has {', '.join(dataset)}")
-        dataset = dataset["train"]
     feature = dataset.features.get(column)
     if feature is None or getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise UserError(

@@ -1,0 +1,366 @@
+"""Documents out of files that may be huge, compressed or damaged: whatever cannot be read becomes an item as well."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from ..errors import UserError
+from ..sources import DATA, TEXT, is_hidden, open_hub, open_saved
+
+COMPRESSED = {".gz", ".zst"}
+RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
+PART = 1 << 20  # bytes; a longer document becomes several
+LONGEST = 1 << 26  # bytes of one record of JSON, which must be in memory to be read
+REPAIRABLE = 0.01  # of a document's characters may be invalid; with more it is no UTF-8 text
+BROKEN = (OSError, EOFError, zlib.error, pa.ArrowException)
+
+Documents = Literal["file", "paragraph", "line"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A document, or the reason why there is none."""
+
+    text: str = ""
+    problem: str = ""  # a name of SKIPPED, "" for a document
+    where: str = ""  # the problem's place and reason
+    repaired: bool = False  # invalid bytes became U+FFFD
+    cut: bool = False  # not the beginning of its document
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or a data set of the datasets library."""
+
+    name: str
+    path: Path | None = None
+    open: Callable[[], Any] | None = None  # of a data set: its rows
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 where that is not known."""
+        return self.path.stat().st_size if self.path else 0
+
+    def items(self, documents: Documents, column: str, read: Callable[[int], None] = lambda _: None) -> Iterator[Item]:
+        """All documents and problems, the same every time. `read` is told how many bytes of the file are used."""
+        if self.path is None:
+            assert self.open is not None
+            return _rows(self.name, self.open(), column)
+        kind = _kind(self.path)
+        if kind == ".parquet":
+            return _guarded(self.name, _parquet(self.name, self.path, column))
+        return _guarded(self.name, self._stream_items(kind, documents, column, read))
+
+    def _stream_items(
+        self, kind: str, documents: Documents, column: str, read: Callable[[int], None]
+    ) -> Iterator[Item]:
+        assert self.path is not None
+        with self.path.open("rb") as raw, _plain(self.path, raw) as stream:
+            found = {
+                ".jsonl": lambda: _json_lines(self.name, stream, column),
+                ".json": lambda: _json(self.name, stream, column),
+                ".csv": lambda: _csv(self.name, stream, column),
+            }.get(kind, lambda: _text(self.name, stream, documents))()
+            for number, item in enumerate(found):
+                if not number % 64:
+                    read(raw.tell())
+                yield item
+
+
+def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
+    """(what to read, files in folders that are of no known kind). Raises UserError where a source does not exist."""
+    inputs: list[Input] = []
+    ignored: list[str] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+            inputs.append(Input(source, open=_saved(path)))
+        elif path.is_dir():
+            found, others = _folder(path)
+            inputs += found
+            ignored += others
+        elif path.is_file():
+            inputs.append(Input(source, path))
+        elif _kind(path) in TEXT | RECORDS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+            raise UserError(f"there is no file or folder {source}")
+        else:
+            inputs.append(Input(source, open=_hub(source)))
+    if twice := [name for name in (i.name for i in inputs) if sum(i.name == name for i in inputs) > 1]:
+        raise UserError(f"each source must be given once, {twice[0]} is given twice")
+    return inputs, ignored
+
+
+def _saved(path: Path) -> Callable[[], Any]:
+    return lambda: open_saved(path)
+
+
+def _hub(source: str) -> Callable[[], Any]:
+    return lambda: open_hub(source, streaming=True)
+
+
+def _folder(path: Path) -> tuple[list[Input], list[str]]:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
+    texts = [p for p in files if _kind(p) in TEXT]
+    records = [p for p in files if _kind(p) in RECORDS]
+    if texts and records:
+        raise UserError(
+            f"the folder {path} must hold text or data files, it holds both: name {records[0].relative_to(path)} or "
+            f"{texts[0].relative_to(path)}, or a folder of one kind"
+        )
+    if not texts and not records:
+        kinds = ", ".join(sorted(TEXT | RECORDS | DATA.keys()))
+        raise UserError(f"the folder {path} must hold files of text ({kinds}; also .gz and .zst), it holds none")
+    used = set(texts + records)
+    return [Input(str(p), p) for p in texts + records], [str(p) for p in files if p not in used]
+
+
+def _kind(path: Path) -> str:
+    """The ending below that of a compression. JSON Lines has two."""
+    suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+    return ".jsonl" if suffix == ".ndjson" else suffix
+
+
+def _plain(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if path.suffix == ".zst":  # pyarrow, which the extra train brings, has the decoder
+        return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 17))
+    return raw
+
+
+def _guarded(name: str, items: Iterator[Item]) -> Iterator[Item]:
+    """A file that cannot be read to its end gives what is before the damage, and an item that says so."""
+    try:
+        yield from items
+    except BROKEN as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Item(problem="damaged", where=f"{name}: {reason}")
+
+
+def document(data: bytes | str, where: str) -> Iterator[Item]:
+    """A document's items: itself, its parts where it is long, or its problem."""
+    repaired = False
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        text.encode()  # JSON can spell half a character
+    except UnicodeError:
+        text = (data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+        repaired = True
+        if text.count("\ufffd") > REPAIRABLE * len(text):
+            yield Item(problem="not UTF-8", where=where)
+            return
+    if "\0" in text:
+        yield Item(problem="binary", where=where)
+    elif not text.strip():
+        yield Item(problem="empty", where=where)
+    else:
+        text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+        for start, part in _parts(text):
+            yield Item(part, repaired=repaired, cut=start > 0)
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """(where it begins, part), cut where a line or, in long lines, a word ends."""
+    start = 0
+    while start < len(text):
+        end = start + PART
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or text.rfind(" ", start, end) + 1 or end
+        yield start, text[start:end]
+        start = end
+
+
+def _text(name: str, stream: BinaryIO, documents: Documents) -> Iterator[Item]:
+    """Documents of a plain file. One longer than PART is cut while it is read: no file needs to fit into memory."""
+    kept: list[bytes] = []
+    size, first, cut = 0, 1, False
+
+    def flush(continues: bool) -> Iterator[Item]:
+        nonlocal size, cut
+        for item in document(b"".join(kept), f"{name}:{first}"):
+            yield Item(item.text, item.problem, item.where, item.repaired, cut or item.cut)
+        kept.clear()
+        size, cut = 0, continues
+
+    broken: BaseException | None = None
+    number = 0
+    lines = _lines(stream)
+    while broken is None:
+        try:
+            line = next(lines, b"")
+        except BROKEN as error:
+            broken = error
+            break
+        if not line:
+            break
+        number += 1
+        ends = documents == "line" or (documents == "paragraph" and not line.strip())
+        if kept and size + len(line) > PART:
+            yield from flush(continues=True)
+        first = first if kept else number
+        kept.append(line)
+        size += len(line)
+        if ends and documents == "paragraph" and size == len(line):
+            kept.clear()  # one of several blank lines between two paragraphs
+            size, cut = 0, False
+        elif ends:
+            yield from flush(continues=False)
+    if kept or (documents == "file" and number == 0 and broken is None):
+        yield from flush(continues=False)
+    if broken is not None:
+        raise broken
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines, the longest in parts that end where a word or at least a character ends."""
+    rest = b""
+    while data := stream.readline(PART - len(rest)):
+        data = rest + data
+        rest = b""
+        if len(data) == PART and not data.endswith(b"\n"):
+            end = data.rfind(b" ") + 1 or len(data)
+            while end > len(data) - 4 and data[end - 1] >= 0x80:
+                end -= 1
+            data, rest = data[: end or len(data)], data[end or len(data) :]
+        yield data
+    if rest:
+        yield rest
+
+
+def _json_lines(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+    number = 0
+    while line := stream.readline(LONGEST):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) == LONGEST and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST)
+            yield Item(problem="too long", where=f"{where}: a record of more than {LONGEST:,} bytes")
+        elif line.strip():
+            yield from _record(line, column, where)
+
+
+def _record(line: bytes, column: str, where: str) -> Iterator[Item]:
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = line.decode("utf-8", "replace")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        yield Item(problem="malformed", where=f"{where}: {error}")
+        return
+    invalid = "\ufffd" in text and b"\xef\xbf\xbd" not in line
+    for item in _field(record, column, where):
+        yield Item(item.text, item.problem, item.where, item.repaired or invalid, item.cut)
+
+
+def _field(record: Any, column: str, where: str) -> Iterator[Item]:
+    value = record.get(column, 0) if isinstance(record, dict) else 0
+    if value is None or isinstance(value, str):
+        found = value or ""
+        if found.count("\ufffd") > max(1, REPAIRABLE * len(found)):
+            yield Item(problem="not UTF-8", where=where)
+        else:
+            yield from document(found, where)
+    else:
+        names = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        yield Item(
+            problem="malformed", where=f"{where}: no text named {column} in {names[:200]}: choose one by --column"
+        )
+
+
+def _json(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+    """JSON Lines, as most files of this ending are, or one array, which must fit into memory."""
+    start = b""
+    while not start.strip() and (byte := stream.read(1)):
+        start = byte
+    if start != b"[":
+        yield from _json_lines(name, cast(BinaryIO, io.BufferedReader(_Behind(start, stream))), column)
+        return
+    data = start + stream.read(LONGEST)
+    if len(data) > LONGEST:
+        yield Item(problem="too long", where=f"{name}: an array of more than {LONGEST:,} bytes: make it JSON Lines")
+        return
+    try:
+        records = json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        yield Item(problem="malformed", where=f"{name}: {error}")
+        return
+    for number, record in enumerate(records, start=1):
+        yield from _field(record, column, f"{name}:{number}")
+
+
+class _Behind(io.RawIOBase):
+    """A stream with some bytes put back before it."""
+
+    def __init__(self, before: bytes, stream: BinaryIO) -> None:
+        self.before, self.stream = before, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, self.before = self.before or self.stream.read(len(buffer)), b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+    csv.field_size_limit(LONGEST)
+    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", "replace", newline=""))
+    while True:
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            yield Item(problem="malformed", where=f"{name}:{reader.line_num}: {error}")
+            continue
+        if record is None:
+            return
+        for item in _field(record, column, f"{name}:{reader.line_num}"):
+            yield Item(item.text, item.problem, item.where, "\ufffd" in item.text, item.cut)
+
+
+def _parquet(name: str, path: Path, column: str) -> Iterator[Item]:
+    """A damaged row group leaves the others."""
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        if column not in names or not _is_text(file.schema_arrow.field(column).type):
+            yield from _field(dict.fromkeys(set(names) - {column}, 0), column, name)
+            return
+        row = 0
+        for group in range(file.num_row_groups):
+            try:
+                for batch in file.iter_batches(64, [group], [column]):
+                    values = batch.column(0)
+                    for value in values.cast(pa.large_binary()).to_pylist():
+                        row += 1
+                        yield from document(value or b"", f"{name}: row {row}")
+            except BROKEN as error:
+                yield Item(problem="damaged", where=f"{name}: row group {group}: {str(error).splitlines()[0]}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _rows(name: str, dataset: Any, column: str) -> Iterator[Item]:
+    """Rows of a data set, streamed. Whatever error its reader has ends it, and is an item."""
+    try:
+        for number, row in enumerate(dataset, start=1):
+            yield from _field(row, column, f"{name}: row {number}")
+    except Exception as error:  # network, format, ...: each reader has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        yield Item(problem="damaged", where=f"{name}: {reason}")
