@@ -452,6 +452,7 @@ MISTAKES = {
     "ablate text.txt --small --vocab-size 40 --batch-size 4096": (
         "the text must fill at least batch_size = 4096 rows of 32 tokens to train on, it fills "
     ),
+    "ablate text.txt --small --seeds 0 -1": "seed must be at least 0, got -1",
     "ablate short.txt --small": "the text must fill a row of 32 tokens to train on: give more text, or --held-out",
     "ablate text.txt --small --out foreign": "foreign must be new, empty or hold an ablation, it holds thesis.tex",
     "ablate --out text.txt": "text.txt must be a folder, it is a file",
@@ -487,6 +488,16 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     after = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file() and path.name != ".lock"}
     assert after == before
     assert not any(Path("runs").glob("*"))
+
+
+def test_a_record_that_is_none_is_named(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    record = (done[0] / "runs" / "toeplitz-seed-0.json").read_text(encoding="utf-8")
+    for number, (name, content) in enumerate([("toeplitz-seed-0", "{"), ("mine", "{}"), ("toeplitz-seed-7", record)]):
+        out = tmp_path / str(number)
+        shutil.copytree(done[0], out)
+        (out / "runs" / f"{name}.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match=f"{name}.json must be the record of a run, it is something else or"):
+            ablate(out=out, **ONE, say=quiet)
 
 
 def test_two_ablations_do_not_share_a_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

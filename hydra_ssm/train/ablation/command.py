@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -24,7 +23,7 @@ from .jobs import run_all
 from .models import choose, config
 from .plan import NAME, SEEDS, SIZES, Plan
 from .report import collect, draw, table, write_csv, write_json
-from .run import DATA, RUNS, Key, Say, speak
+from .run import DATA, RUNS, Key, Say, read, speak
 
 REPORT = "ablation"  # begins the names of its files
 USUAL = "medium"  # size
@@ -82,10 +81,8 @@ def ablate(
     default = f"ablation-{size or USUAL}{'-unmatched' if given.get('unmatched') else ''}"
     folder = Path("runs") / default if out is None else Path(out)
     with _alone(folder):
-        plan = _plan(folder, size, given, chosen, say)
+        plan = _plan(folder, size, given, chosen, seeds, say)
         keys = [Key(row, seed) for seed in dict.fromkeys(seeds or _usual_seeds(plan)) for row in chosen]
-        for key in keys:
-            plan.recipe(key.seed)  # a seed out of its range is told before the first run
         deadline = float("inf") if limit is None else started + limit
         received = run_all(folder, keys, jobs or _usual_jobs(), deadline, say)
         keys = list(dict.fromkeys([*keys, *_kept(folder)]))
@@ -140,17 +137,21 @@ def _is_ours(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(UNFINISHED) or (path.name == DATA and store.is_prepared(str(path)))
 
 
-def _plan(folder: Path, size: str | None, given: dict[str, Any], chosen: Sequence[str], say: Say) -> Plan:
-    """The plan of the folder, or a new one whose data is made."""
-    if (folder / NAME).is_file():
-        plan = Plan.read(folder)
+def _plan(
+    folder: Path, size: str | None, given: dict[str, Any], chosen: Sequence[str], seeds: Sequence[int], say: Say
+) -> Plan:
+    """The plan of the folder, or a new one whose data is made. Mistakes are told before the text is read."""
+    begun = (folder / NAME).is_file()
+    plan = Plan.read(folder) if begun else Plan.of(size or USUAL, given)
+    for seed in seeds:
+        plan.recipe(seed)  # raises where it is out of its range
+    if begun:
         plan.check(given | ({"size": size} if size else {}), folder)
         store.check_whole(folder / DATA)
         say(f"going on in {folder}, with the settings that it has")
     else:
-        plan = Plan.of(size or USUAL, given)
         for row in chosen:
-            config(plan, row, plan.vocab_size)  # what cannot be matched is told before the text is read
+            config(plan, row, plan.vocab_size)  # raises where it cannot be matched
         with quiet():
             store.write(plan.recipe(0), plan.held_out_rows, folder / DATA)
         plan.write(folder)
@@ -168,8 +169,7 @@ def _usual_jobs() -> int:
 
 def _kept(folder: Path) -> list[Key]:
     """The runs that are finished already, chosen or not."""
-    files = sorted((folder / RUNS).glob("*.json"))
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    records = [read(file) for file in sorted((folder / RUNS).glob("*.json"))]
     return [Key(record["row"], record["seed"]) for record in records]
 
 

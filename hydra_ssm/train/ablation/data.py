@@ -91,7 +91,9 @@ def check_whole(folder: Path) -> None:
     """Raises UserError where the data has changed since it was written."""
     reason = damage(folder)
     if reason:
-        raise UserError(f"{folder} is damaged ({reason}): remove it, or choose another --out")
+        raise UserError(
+            f"{folder} is damaged ({reason}): choose another --out, or remove {folder.parent} to begin anew"
+        )
 
 
 def _copy(other: Path, part: Path) -> None:

@@ -18,7 +18,7 @@ from ...bench.machine import device_name
 from ...text import HydraForMaskedLM
 from ...text.messages import quiet
 from ..checkpoints import newest_whole, remove, remove_unfinished, whole_file
-from ..errors import Diverged
+from ..errors import Diverged, UserError
 from ..prepare import EVALUATION_RATE
 from ..rows import EvaluationRows, TrainingRows
 from ..trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
@@ -77,10 +77,18 @@ class Until:
 
 def finished(out: Path, key: Key) -> Record | None:
     """The record of a run that has come to its end."""
+    return read(key.file(out)) if key.file(out).exists() else None
+
+
+def read(file: Path) -> Record:
+    """The record in a file. Raises UserError where there is something else."""
     try:
-        return json.loads(key.file(out).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == Key(found["row"], found["seed"]).file(file.parent).name:
+            return found
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{file} must be the record of a run, it is something else or damaged: remove it") from None
 
 
 def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record | None:
