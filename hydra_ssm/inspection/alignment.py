@@ -19,8 +19,8 @@ Kind = Literal["aligned", "leading blocks", "up to row factors", "no", "no token
 class Alignment:
     """How the entries of a class hang on its tokens.
 
-    aligned: a block M[i:j+1, i:j+1] depends on tokens i to j alone (the paper's Definition 2.2).
-    leading blocks: that holds for the blocks that begin at 0, M[:j+1, :j+1]. They are what a longer sequence extends.
+    aligned: every diagonal block M[i:j+1, i:j+1] depends on tokens i to j alone.
+    leading blocks: that holds for those that begin at 0, M[:j+1, :j+1], which is what the paper's Definition 2.2 asks.
     up to row factors: it holds once each row is divided by its entry on the diagonal, as for a softmax's.
     no: blocks depend on tokens outside of them.
     no token owns a parameter: there is nothing to be aligned; the class has a fixed form alone.
