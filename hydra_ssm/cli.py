@@ -28,6 +28,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   bench        time a layer on this machine, beside attention
   ablate       compare the matrix classes: train a model of each, alike in all else
   glue         fine-tune a model on GLUE's tasks, and show the paper's table
+  finetune     fine-tune a model on your own table: classes, pairs, numbers or tags
 
 examples:
 

@@ -18,6 +18,10 @@ def _by_preset(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
 
 
+def _by_columns(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="(default: by the columns)")
+
+
 def _by_task(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: the paper's, by task)")
 
@@ -525,6 +529,57 @@ def glue(
     start(model, data, out, tasks=tasks, seeds=seeds, jobs=jobs, limit=limit, direct=direct, **settings)
 
 
+def finetune(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    data: Annotated[Positional[Path], arg(metavar="FILE")],
+    /,
+    *,
+    task: Annotated[Literal["classification", "regression", "tagging"] | None, _by_columns("NAME")] = None,
+    text: Annotated[tuple[str, ...], _by_columns("COLUMN ...")] = (),
+    label: Annotated[str | None, _by_columns("COLUMN")] = None,
+    held_out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: a tenth)")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/FILE)")] = None,
+    overwrite: bool = False,
+    epochs: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 10, of many rows 3)")] = None,
+    learning_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 5e-5)")] = None,
+    batch_size: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 16)")] = None,
+    length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 256)")] = None,
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None,
+) -> None:
+    """Fine-tune a model on your own table: texts or pairs of texts to classes or numbers, or words to tags.
+
+    Guesses from the columns what is to be learned and says so, holds out a tenth of the rows, prints how well the model
+    does on them, and saves a folder that transformers' Auto classes and pipelines load.
+
+    In use:
+        hydra-ssm finetune runs/mine reviews.csv
+        hydra-ssm finetune runs/mine pairs.jsonl --text question answer --label fits
+        hydra-ssm finetune runs/mine words.jsonl --task tagging --out runs/tagger
+
+    Args:
+        model: A folder that pretrain or convert wrote, or save_pretrained with the model and its tokenizer.
+        data: A .csv, .tsv or .jsonl file with named columns.
+        task: classification, regression (labels are numbers) or tagging (a tag for each word).
+        text: The column of the texts, or two whose texts belong together.
+        label: The column of what is to be learned.
+        held_out: A file of the same columns to score the model on.
+        out: The folder of the new model.
+        overwrite: Replace what an earlier call left there.
+        epochs: Passes over the rows.
+        learning_rate: The highest, reached after a warm-up of 6 %. Small models take more: 1e-3.
+        batch_size: Rows in a step.
+        length: Most tokens of a row; longer ones are cut.
+        seed: Of the new head, the order of the rows, the dropout and what is held out.
+    """
+    require("accelerate", extra="train")
+    from .finetune import finetune as start
+
+    settings: dict[str, Any] = {
+        "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "length": length, "seed": seed
+    }  # fmt: skip
+    start(model, data, out, task=task, text=text, label=label, held_out=held_out, overwrite=overwrite, **settings)
+
+
 def _shortened(text: str) -> str:
     return textwrap.shorten(text, 100, placeholder=" ...")
 
@@ -539,4 +594,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ablate": ablate,
     "data prepare": data_prepare,
     "glue": glue,
+    "finetune": finetune,
 }
