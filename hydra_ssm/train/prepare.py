@@ -75,7 +75,8 @@ def _from_shards(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     _check_rows(ShardRows(shards, "train"), recipe, tokenizer, held_out=False)
     if recipe.held_out:
         corpus = open_corpus(recipe.held_out, column=recipe.column)
-        _write(folder / "held_out", (text for _, text in corpus), tokenizer, recipe)
+        texts = (text for texts in corpus.train for text in texts)
+        _write(folder / "held_out", texts, tokenizer, recipe)
     rows = PackedRows(folder / "held_out") if recipe.held_out else ShardRows(shards, "held_out")
     _check_rows(rows, recipe, tokenizer, held_out=True)
     facts = {"folder": str(shards), "manifest": sha256(shards / MANIFEST)}

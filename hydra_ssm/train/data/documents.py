@@ -24,6 +24,7 @@ RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 PART = 1 << 20  # bytes; a longer document becomes several
 LONGEST = 1 << 26  # bytes of one record of JSON, which must be in memory to be read
 REPAIRABLE = 0.01  # of a document's characters may be invalid; with more it is no UTF-8 text
+HALF = re.compile("[\ud800-\udfff]")
 BROKEN = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 Documents = Literal["file", "paragraph", "line"]
@@ -156,7 +157,7 @@ def document(data: bytes | str, where: str) -> Iterator[Item]:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         text.encode()  # JSON can spell half a character
     except UnicodeError:
-        text = (data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+        text = data.decode("utf-8", "replace") if isinstance(data, bytes) else HALF.sub("\ufffd", data)
         repaired = True
         if text.count("\ufffd") > REPAIRABLE * len(text):
             yield Item(problem="not UTF-8", where=where)
@@ -206,7 +207,7 @@ def _text(name: str, stream: BinaryIO, documents: Documents) -> Iterator[Item]:
         if not line:
             break
         number += 1
-        ends = documents == "line" or (documents == "paragraph" and not line.strip())
+        ends = line.endswith(b"\n") if documents == "line" else documents == "paragraph" and not line.strip()
         if kept and size + len(line) > PART:
             yield from flush(continues=True)
         first = first if kept else number
@@ -230,13 +231,19 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
         data = rest + data
         rest = b""
         if len(data) == PART and not data.endswith(b"\n"):
-            end = data.rfind(b" ") + 1 or len(data)
-            while end > len(data) - 4 and data[end - 1] >= 0x80:
-                end -= 1
-            data, rest = data[: end or len(data)], data[end or len(data) :]
+            end = data.rfind(b" ") + 1 or _last_character(data) or len(data)
+            data, rest = data[:end], data[end:]
         yield data
     if rest:
         yield rest
+
+
+def _last_character(data: bytes) -> int:
+    """Where the last character begins."""
+    start = len(data) - 1
+    while start > 0 and data[start] & 0xC0 == 0x80:
+        start -= 1
+    return start
 
 
 def _json_lines(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:

@@ -358,6 +358,7 @@ def prepare_shards(
     if not overwrite and is_shards(str(out)):
         remove(out / progress.NAME)
         return read_manifest(out)
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     state = State(out)
     try:
@@ -371,7 +372,15 @@ def prepare_shards(
             state = State(out)
             state.put("described", described)
             state.commit()
-        return Preparation(settings, out, inputs, ignored, state).run(jobs, show)
+        try:
+            return Preparation(settings, out, inputs, ignored, state).run(jobs, show)
+        except UserError:
+            if state.get("place") is None:  # a mistake leaves nothing behind
+                state.close()
+                _clear(out)
+                if new:
+                    out.rmdir()
+            raise
     finally:
         state.close()
 
