@@ -2,11 +2,15 @@
 
 import json
 import math
+import multiprocessing
+import operator
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -18,10 +22,11 @@ from sklearn import metrics as sk
 from small_glue import write, write_glue, write_model
 from small_text import NOUNS
 
+from hydra_ssm.cli import main
 from hydra_ssm.train.errors import UserError
-from hydra_ssm.train.finetune import engine, glue, metrics
+from hydra_ssm.train.finetune import engine, glue, jobs, metrics
 from hydra_ssm.train.finetune.data import Examples, find, read_tsv
-from hydra_ssm.train.finetune.run import Plan
+from hydra_ssm.train.finetune.run import Key, Plan, train
 from hydra_ssm.train.finetune.tasks import TASKS, choose
 
 QUICK = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3}
@@ -345,8 +350,96 @@ def test_a_diverged_run_is_a_result(model: Path, data: Path, tmp_path: Path) -> 
     json.loads((tmp_path / "o" / "glue.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
+def test_jobs_are_spread_over_the_gpus_that_may_be_used() -> None:
+    assert jobs.visible("3,5", lambda: 8) == ["3", "5"]
+    assert jobs.visible("GPU-a", lambda: 1) == ["GPU-a"]
+    assert jobs.visible("", lambda: 8) == []
+    assert jobs.visible(None, lambda: 2) == ["0", "1"]
+    context = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "7,9")
+        patch.setattr(jobs, "_begin", operator.is_)  # quick: imports nothing of ours
+        pools = jobs._processes(2, context, None, stack)
+        seen = [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for pool in pools]
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,9"
+    assert seen == ["7", "9"]
+
+
+class AfterSteps:
+    """Time is over after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps + 1  # it is asked once before the first
+
+    def over(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_run_goes_on_from_its_step_to_the_same_result(
+    done: tuple[Path, dict, list[str]], model: Path, data: Path, tmp_path: Path
+) -> None:
+    glue(model, data, tmp_path, tasks=["cola"], seeds=[0], limit=0, say=len, **QUICK)
+    assert records(tmp_path) == {}
+    key = Key("CoLA", 0)
+    for steps in (3, 9):
+        assert train(tmp_path, key, AfterSteps(steps)) is None
+        assert list(key.folder(tmp_path).glob("checkpoint-*"))
+    train(tmp_path, key, AfterSteps(10_000))
+    assert not key.folder(tmp_path).exists()
+    assert records(tmp_path) == {n: r for n, r in records(done[0]).items() if n == "CoLA-seed-0.json"}
+
+
+@pytest.mark.parametrize("package", ["scipy", "sklearn"])
+def test_what_is_missing_is_named_before_anything_is_read(package: str, tmp_path: Path) -> None:
+    class Missing:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == package:
+                raise ModuleNotFoundError(name=package)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            patch.delitem(sys.modules, module)
+        patch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+        with pytest.raises(ImportError, match=rf'{package} is not installed: pip install "hydra-ssm\[train\]"'):
+            glue(tmp_path / "nowhere", tmp_path)
+
+
+def test_glue_without_its_folders_is_a_mistake(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(model)
+    Path("glue").symlink_to(data)
+    Path("foreign").mkdir()
+    Path("foreign", "thesis.tex").touch()
+    shutil.copytree(model, "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    mistakes = {
+        "model --data foreign": "--data must hold one of the tasks, foreign holds none: MNLI is left out: there is no",
+        "model --data foreign/thesis.tex": "--data must be a folder with GLUE's tasks or the name of a data set, got",
+        "model --data glue --tasks wnli": "tasks must be of MNLI, QNLI, QQP, RTE, SST-2, MRPC, CoLA, STS-B, or all",
+        "model --data glue --out foreign": "foreign must be new, empty or hold runs of glue, it holds thesis.tex",
+        "model --data glue --jobs 0": "jobs must be at least 1",
+        "model --data glue --epochs 0": "epochs must be above 0, got 0",
+        "empty --data glue": "empty must hold a model, as pretrain or save_pretrained write it, it has no weights",
+        "foreign --data glue": "foreign must hold the model's tokenizer: ",
+    }
+    for command, message in mistakes.items():
+        assert main(["glue", *command.split()]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    options = "--tasks sst2 --seeds 0 --epochs 0.1 --jobs 1 --out new"
+    assert main(["glue", "model", "--data", "glue", *options.split()]) == 0
+    assert "SST-2, seed 0: accuracy" in capsys.readouterr().out
+
+
+# What parses the options, draws and reads data sets need not be there.
 START = """
 import sys
+if __name__ == "__main__":
+    sys.modules |= dict.fromkeys(("tyro", "rich", "datasets", "matplotlib", "tensorboard"))
 from hydra_ssm.train.finetune import glue
 if __name__ == "__main__":
     model, data, out, jobs = sys.argv[1:]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +71,46 @@ class Progress:
 def _together(out: Path, todo: list[Key], direct: bool, jobs: int, deadline: float, done: Progress) -> int | None:
     """In processes of their own, spread over the GPUs."""
     context = multiprocessing.get_context("spawn")
-    asked, places = context.Event(), context.Queue()
-    for place in range(jobs):
-        places.put(place)
-    with stopping(asked) as received:
-        with ProcessPoolExecutor(jobs, context, _begin, (Until(asked, deadline), places, jobs)) as pool:
-            waiting = list(todo)
-            running: dict[Future[Record | None], Key] = {}
-            try:
-                while waiting or running:
-                    ready = [key for key in waiting if direct or _waits_for(key) not in {*waiting, *running.values()}]
-                    running |= {pool.submit(_work, out, key): key for key in ready}
-                    waiting = [key for key in waiting if key not in ready]
-                    ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in ended:
-                        key = running.pop(future)
-                        done.tell(key, _result(future, key))
-            except BaseException:
-                asked.set()  # the others keep what they have
-                raise
+    asked = context.Event()
+    with stopping(asked) as received, ExitStack() as stack:
+        free = _processes(jobs, context, Until(asked, deadline), stack)
+        waiting = list(todo)
+        running: dict[Future[Record | None], tuple[Key, ProcessPoolExecutor]] = {}
+        try:
+            while waiting or running:
+                under_way = {*waiting, *(key for key, _ in running.values())}
+                ready = [key for key in waiting if direct or _waits_for(key) not in under_way]
+                for key in ready[: len(free)]:
+                    waiting.remove(key)
+                    pool = free.pop()
+                    running[pool.submit(_work, out, key)] = key, pool
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    key, pool = running.pop(future)
+                    done.tell(key, _result(future, key))
+                    free.append(pool)
+        except BaseException:
+            asked.set()  # the others keep what they have
+            raise
         return received[0] if received else None
+
+
+def _processes(jobs: int, context: Any, until: Until, stack: ExitStack) -> list[ProcessPoolExecutor]:
+    """Pools of one process each, that see one GPU each. It must not be told later: importing may use CUDA."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    gpus = visible(before, torch.cuda.device_count)
+    pools = [stack.enter_context(ProcessPoolExecutor(1, context, _begin, (until, jobs))) for _ in range(jobs)]
+    try:
+        for place, pool in enumerate(pools):
+            if gpus:
+                os.environ[name] = gpus[place % len(gpus)]
+            pool.submit(int)  # starts the process
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)
+    return pools
 
 
 def _waits_for(key: Key) -> Key | None:
@@ -106,19 +127,14 @@ def _result(future: Future[Record | None], key: Key) -> Record | None:
         ) from None
 
 
-def _begin(until: Until, places: Any, jobs: int) -> None:
-    """What a process that works for another does first: it takes one GPU, and ends with its parent."""
+def _begin(until: Until, jobs: int) -> None:
+    """What a process that works for another does first."""
     global _until
     _until = until
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    place = places.get()
-    if gpus := visible(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count):
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]  # nothing has used CUDA here yet
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    else:
-        torch.set_num_threads(1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs) if torch.cuda.is_available() else 1)
 
 
 def visible(named: str | None, count: Callable[[], int]) -> list[str]:
