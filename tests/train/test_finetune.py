@@ -284,3 +284,17 @@ def test_a_folder_of_another_size_is_no_model(model: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"must hold all weights of its encoder, it lacks model\.encoder\.layers\.1\."):
         finetune(tmp_path, data, tmp_path / "out", say=len)
     assert not (tmp_path / "out").exists()
+
+
+def test_models_of_others_are_fine_tuned_too(model: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    words = AutoTokenizer.from_pretrained(model)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertForMaskedLM(BertConfig(vocab_size=len(words), max_position_embeddings=9, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    data = write_csv(tmp_path / "reviews.csv", reviews())
+    report = finetune(tmp_path / "bert", data, tmp_path / "out", say=len, **QUICK)  # rows are cut at 9 tokens
+    assert report["metrics"]["accuracy"] == 1
+    assert pipeline("text-classification", model=str(tmp_path / "out"))("the cat sees a tree")[0]["label"] == "good"
