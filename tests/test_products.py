@@ -142,6 +142,18 @@ def test_half_precision_loses_no_more_than_through_the_entries(matrix, dtype):
             assert (f.double() - e).norm() <= 2 * (d.double() - e).norm() + luck * e.norm()
 
 
+def test_sums_over_tokens_may_leave_the_range_of_float16():
+    """Values and gradients of one sign, whose products are in it."""
+    q, k, x = torch.randn(1, 512, 2, 3), torch.randn(1, 512, 2, 3), 1e4 * torch.rand(1, 512, 2, 4)
+    M = cast(Cauchy(None, q, k, torch.tensor(0.5), 1e-6), torch.float16)
+    grad = torch.full_like(x, 100)
+    exact = multiply(cast(M, torch.float64), x.half().double(), grad.double(), dense=True)
+    found = multiply(M, x.half(), grad.half())
+    for f, e in zip(found[:4], exact[:4], strict=True):  # all but c's gradient, which is a sum of everything
+        assert e.abs().max() < torch.finfo(torch.float16).max
+        assert (f.double() - e).norm() < 2e-3 * e.norm()
+
+
 @WAYS
 @APPROXIMATE
 def test_padding_of_any_finite_value_has_no_influence(matrix, nodes, monkeypatch):
@@ -160,6 +172,16 @@ def test_padding_of_any_finite_value_has_no_influence(matrix, nodes, monkeypatch
     assert found[1][:, ~tokens].abs().max() == 0
     for f, e in zip(found[2:], expected, strict=True):
         assert (f - e).norm() < 1e-4 * e.norm()
+
+
+@pytest.mark.parametrize("size", [1e5, 1e20, 1e35])
+def test_nodes_are_not_counted_for_angles_that_need_too_many(size, monkeypatch):
+    """Of a model that diverges: one by one up to 1e20, that would take for ever."""
+    counted = []
+    monkeypatch.setattr(vandermonde, "rank", lambda angle, tolerance: counted.append(angle) or 10**6)
+    y = make(Vandermonde, 20, size=size) @ torch.randn(1, 20, 2, 3)
+    assert y.isfinite().all()
+    assert not counted
 
 
 def test_c_may_be_negative_where_no_denominator_is():

@@ -67,8 +67,9 @@ class Cauchy(StructuredMatrix):
         scale = ((w * self.scale / D).log() - s) / 2
         rise = c - c.detach()  # zero, for the gradient
         q, k, scale = (t.flatten(0, 1) for t in ((q + rise) / D, (k + rise) / D, scale))
-        y = exponential_sum(q, k, scale, s, rearrange(x, "b l h p -> (b h) l p"))
-        return rearrange(y, "(b h) l p -> b l h p", h=x.shape[2])
+        values = x.float() if x.dtype == torch.float16 else x  # sums over tokens may leave the range of float16
+        y = exponential_sum(q, k, scale, s, rearrange(values, "b l h p -> (b h) l p"))
+        return rearrange(y.to(x.dtype), "(b h) l p -> b l h p", h=x.shape[2])
 
     def _nodes(self) -> tuple[Tensor, Tensor, Tensor]:
         """exp q, exp k and c in float32 at least.

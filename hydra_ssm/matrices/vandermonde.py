@@ -56,7 +56,9 @@ class Vandermonde(StructuredMatrix):
     def multiply(self, x: Tensor) -> Tensor:
         q, k, wide = (rearrange(at_least_float32(t), "b l h d -> (b h) l d") for t in (self.q, self.k, x))
         allowed = tolerance(self.tolerance, x.dtype)
-        nodes = None if _static(x) else rank(math.pi * FREQUENCY * self._largest() * (x.shape[1] - 1), allowed)
+        angle = math.inf if _static(x) else math.pi * FREQUENCY * self._largest() * (x.shape[1] - 1)
+        # As many nodes as radians are too few: what a diverged model asks for is not even counted.
+        nodes = rank(angle, allowed) if angle < MOST_NODES else None
         if nodes is None or nodes > MOST_NODES:
             y = any_cosines(q, k, wide, FREQUENCY, allowed)
         else:
