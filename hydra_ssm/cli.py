@@ -47,7 +47,7 @@ HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on stderr and code 2."""
-    if argv is None and sys.argv[1:2] in (["pretrain"], ["inspect"], ["bench"]):
+    if argv is None and sys.argv[1:2] in (["pretrain"], ["inspect"], ["bench"], ["finetune"]):
         _let_waiting_threads_sleep()
     given = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -239,6 +239,7 @@ MISTAKES = {
     "model good.csv --task parsing": "invalid choice 'parsing' for argument '--task'",
     "model good.csv --epochs 0": "epochs must be above 0, got 0",
     "model good.csv --out foreign": "foreign must be new or empty, it holds thesis.tex: choose another --out",
+    "model good.csv --learning-rate 1e38 --epochs 2": "the training has diverged by step 2, its weights are no longer",
     "model good.csv --learning-rate 1e30 --epochs 30": "the training has diverged by step .* choose a --learning-rate",
     "nowhere good.csv": "nowhere must hold the model's tokenizer: no tokenizer at nowhere",
     "foreign good.csv": "foreign must hold the model's tokenizer: ",

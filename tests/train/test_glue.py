@@ -379,8 +379,10 @@ class AfterSteps:
 def test_a_run_goes_on_from_its_step_to_the_same_result(
     done: tuple[Path, dict, list[str]], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    glue(model, data, tmp_path, tasks=["cola"], seeds=[0], limit=0, say=len, **QUICK)
+    said: list[str] = []
+    glue(model, data, tmp_path, tasks=["cola"], seeds=[0], limit=0, say=said.append, **QUICK)
     assert records(tmp_path) == {}
+    assert "1 of 1 runs are not finished: the same command goes on" in said
     key = Key("CoLA", 0)
     for steps in (3, 9):
         assert train(tmp_path, key, AfterSteps(steps)) is None

@@ -111,7 +111,7 @@ def _stack(rows: Sequence[Any], filler: int) -> Tensor:
 
 
 class NotFinite(Exception):
-    """The training has diverged."""
+    """The training has diverged: when, and what is no number."""
 
 
 class FineTuner(WholeCheckpoints):
@@ -122,6 +122,13 @@ class FineTuner(WholeCheckpoints):
         mixers = [(path, m) for path, m in model.named_modules() if isinstance(m, MatrixMixer)]
         kept = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def fit(self, checkpoint: Path | None = None) -> None:
+        """Train, from a checkpoint if there is one. Raises NotFinite."""
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        assert self.model is not None
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise NotFinite(f"by step {self.state.global_step}, its weights are no longer finite")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Raises NotFinite where the loss or the gradients are no longer."""

@@ -82,7 +82,10 @@ def glue(
         deadline = float("inf") if limit is None else started + limit
         received = run_all(folder, keys, direct, jobs or usual_jobs(), deadline, say)
         report = collect(folder, plan, absent)
-        say(table(report))
+        if report["runs"]:
+            say(table(report))
+        if left := [key for key in keys if finished(folder, key) is None]:
+            say(f"{len(left)} of {len(keys)} runs are not finished: the same command goes on")
         with whole_file(folder / REPORT) as part:
             part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         say(f"wrote {folder / REPORT}")

@@ -224,7 +224,7 @@ class Tuning:
         trainer = make_trainer(self.net, self.tokenizer, self.encode(rows), self.recipe, work, [Talk(say)])
         try:
             with quiet():
-                trainer.train()
+                trainer.fit()
                 found, baseline, what = self.score(trainer, rows, kept)
         except NotFinite as error:
             rate = self.recipe.learning_rate

@@ -127,8 +127,7 @@ def train(out: Path, key: Key, until: Until) -> Record | None:
         trainer = run.trainer(folder, until)
         record, began = run.facts(trainer), time.perf_counter()
         with quiet():
-            checkpoint = newest_whole(folder)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.fit(newest_whole(folder))
             if trainer.state.global_step < trainer.state.max_steps:
                 return None
             record |= run.results(trainer) | {"seconds": round(time.perf_counter() - began, 1)}
