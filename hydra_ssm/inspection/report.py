@@ -157,7 +157,7 @@ def table(mixings: Sequence[Mixing]) -> str:
     notes = [f"rank below, above: the largest of a block strictly below, above the diagonal; of {n} tokens {n // 2}."]
     if cuts is not None:
         notes.append(f"Looked for at {len(cuts)} of {n - 1} places, in at most {_plural(most, 'head')} a layer.")
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, "", *notes] if measured else lines)
 
 
 def _affordable(n: int, count: int, layers: int) -> tuple[int, list[int] | None]:
