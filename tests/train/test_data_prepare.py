@@ -485,14 +485,14 @@ print(prepare_shards(Settings((source,), **settings), Path(out), jobs=1)["bytes"
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory in use from /proc")
 def test_memory_does_not_grow_with_the_text(tokenizer: str, tmp_path: Path) -> None:
-    """A file of 53 MB, in what one of 3 MB took and 40 MB more."""
+    """A file of 46 MB, in what one of 3 MB took and 40 MB more."""
     draw = random.Random(0)
     lines = [" ".join(draw.choices(NOUNS, k=200)) for _ in range(2000)]
     with (
         gzip.open(tmp_path / "large.txt.gz", "wt", compresslevel=1) as large,
         open(tmp_path / "small.txt", "w") as small,
     ):
-        for i in range(52_000):
+        for i in range(45_000):
             line = f"{i} {lines[i % 2000]}\n"
             large.write(line)
             if i < 3000:
@@ -504,7 +504,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer: str, tmp_path: Path) -> N
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 50_000_000
+    assert int(run.stdout) > 45_000_000
 
 
 # ------------------------------------------------------------------------------------------------------- the command

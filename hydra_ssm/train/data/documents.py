@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
             raise UserError(f"there is no file or folder {source}")
         else:
             inputs.append(Input(source, open=_hub(source)))
-    if twice := [name for name in (i.name for i in inputs) if sum(i.name == name for i in inputs) > 1]:
+    if twice := [name for name, times in Counter(source.name for source in inputs).items() if times > 1]:
         raise UserError(f"each source must be given once, {twice[0]} is given twice")
     return inputs, ignored
 

@@ -350,7 +350,7 @@ def prepare_shards(
     Raises:
         UserError: a mistake of the user's; what was done before is intact.
     """
-    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    jobs = (os.cpu_count() or 1) if jobs is None else jobs
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     inputs, ignored = find_inputs(settings.sources)
