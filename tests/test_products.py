@@ -159,9 +159,10 @@ def test_sums_over_tokens_may_leave_the_range_of_float16():
 def test_padding_of_any_finite_value_has_no_influence(matrix, nodes, monkeypatch):
     monkeypatch.setattr(vandermonde, "MOST_NODES", nodes)
     tokens = torch.arange(60) < 41
-    full = make(matrix, 60, documents=Documents(torch.where(tokens, 0, -1)[None]))
+    full = make(matrix, 60, c=1e-9, documents=Documents(torch.where(tokens, 0, -1)[None]))
     with torch.no_grad():
         full.q[:, ~tokens], full.k[:, ~tokens] = 11.0, -60.0
+        full.q[:, 50:] = -60.0  # denominators that are far below those of the tokens
     short = replace(full, documents=None, q=full.q[:, tokens], k=full.k[:, tokens])
     x, grad = torch.randn(2, 1, 60, 2, 4)
     found = multiply(full, x, grad)
