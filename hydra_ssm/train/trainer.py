@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,10 +23,10 @@ from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED, MaskedLMCollator
 from .baseline import Score
-from .checkpoints import remove_old, whole_folder
 from .errors import Diverged, UserError
 from .recipe import Recipe
 from .rows import EvaluationRows, TrainingRows
+from .whole import WholeCheckpoints
 
 WARM_UP, LAST = 0.06, 0.02  # of the steps; of the peak learning rate
 
@@ -72,7 +71,7 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return args
 
 
-class MaskedLMTrainer(Trainer):
+class MaskedLMTrainer(WholeCheckpoints):
     """Adds masked accuracy, evaluation by token and whole checkpoints; takes its rows in the order that they have."""
 
     def __init__(
@@ -85,9 +84,8 @@ class MaskedLMTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, train[1], train[0], held_out[0], **options)
         self.remove_callback(PrinterCallback)  # of what is not a terminal's; ProgressBar says it in words
-        self.net, self.folder, self.rows = model, Path(str(args.output_dir)), train[0]
+        self.net, self.rows = model, train[0]
         self.held_out_rows, self.held_out_collator = held_out
-        self._writing_to: Path | None = None
         self._reset_counts()
 
     def _reset_counts(self) -> None:
@@ -171,20 +169,7 @@ class MaskedLMTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not all(p.isfinite().all() for p in self.net.parameters()):
             raise self._diverged("its weights are no longer finite")
-        name = f"checkpoint-{self.state.global_step}"
-        with whole_folder(self.folder / name) as part:
-            self._writing_to = part
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing_to = None
-            for file in (part / name).iterdir():
-                file.rename(part / file.name)
-            (part / name).rmdir()
-        remove_old(self.folder)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
+        super()._save_checkpoint(model, trial)
 
 
 class EvaluateAtTheEnd(TrainerCallback):
