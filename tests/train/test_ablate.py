@@ -29,10 +29,10 @@ from hydra_ssm.text import preset
 from hydra_ssm.train.ablation import GROUPS, SIZES, Interrupted, Plan, ablate, all_rows
 from hydra_ssm.train.ablation import run as runs
 from hydra_ssm.train.ablation.data import Data, FullRowsCollator
-from hydra_ssm.train.ablation.jobs import stopping
 from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, parameters, state
-from hydra_ssm.train.ablation.run import Key, Until
+from hydra_ssm.train.ablation.run import Key
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.workers import Until, stopping
 
 TINY = {
     "layers": 1, "d_model": 16, "headdim": 2, "d_state": 4, "length": 16, "vocab_size": 60, "batch_size": 4,

@@ -358,7 +358,7 @@ def test_jobs_are_spread_over_the_gpus_that_may_be_used() -> None:
     context = multiprocessing.get_context("spawn")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("CUDA_VISIBLE_DEVICES", "7,9")
-        patch.setattr(jobs, "_begin", operator.is_)  # quick: imports nothing of ours
+        patch.setattr(jobs, "begin", operator.is_)  # quick: imports nothing of ours
         pools = jobs._processes(2, context, None, stack)
         seen = [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for pool in pools]
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,9"

@@ -18,12 +18,13 @@ import torch
 from ...text.messages import quiet
 from ..checkpoints import UNFINISHED
 from ..errors import UserError
+from ..workers import Say, speak
 from . import data as store
 from .jobs import run_all
 from .models import choose, config
 from .plan import NAME, SEEDS, SIZES, Plan
 from .report import collect, draw, table, write_csv, write_json
-from .run import DATA, RUNS, Key, Say, read, speak
+from .run import DATA, RUNS, Key, read
 
 REPORT = "ablation"  # begins the names of its files
 USUAL = "medium"  # size

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from ..errors import UserError
-from .run import Event, Key, Record, Say, Until, finished, speak, train
-
-_until: Until  # of this process, where it works for another
+from ..workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
+from .run import Key, Record, finished, train
 
 
 def run_all(out: Path, keys: Sequence[Key], jobs: int, deadline: float, say: Say) -> int | None:
@@ -43,11 +37,11 @@ def run_all(out: Path, keys: Sequence[Key], jobs: int, deadline: float, say: Say
     context = multiprocessing.get_context("spawn")
     asked = context.Event()
     with stopping(asked) as received:
-        with ProcessPoolExecutor(jobs, context, _begin, (Until(asked, deadline), jobs)) as pool:
+        with ProcessPoolExecutor(jobs, context, begin, (Until(asked, deadline), jobs)) as pool:
             futures = {pool.submit(_work, out, key, jobs): key for key in todo}
             try:
                 for future in as_completed(futures):
-                    done.tell(futures[future], _result(future, futures[future]))
+                    done.tell(futures[future], result(future, futures[future]))
             except BaseException:
                 asked.set()  # the others save what they have
                 raise
@@ -80,69 +74,5 @@ def _train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record 
         ) from error
 
 
-def _result(future: Future[Record | None], key: Key) -> Record | None:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"a process has died, with {key} or a run beside it, perhaps for want of memory: the same command goes on, "
-            "with fewer --jobs if it was that"
-        ) from None
-
-
-def _begin(until: Until, jobs: int) -> None:
-    """What a process that works for another does first."""
-    global _until
-    _until = until
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs) if torch.cuda.is_available() else 1)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its children, and what they save would be in the way of the next one."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _work(out: Path, key: Key, jobs: int) -> Record | None:
-    return _train(out, key, _until, jobs, speak)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """On a CPU."""
-    before = torch.get_num_threads()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def stopping(asked: Event) -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM sets the event, the second does what it did before. Yields those that came."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # signals come to the main thread alone
-        return
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        asked.set()
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        restore()
+    return _train(out, key, until(), jobs, speak)

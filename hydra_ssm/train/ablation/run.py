@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -22,6 +20,7 @@ from ..errors import Diverged, UserError
 from ..prepare import EVALUATION_RATE
 from ..rows import EvaluationRows, TrainingRows
 from ..trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
+from ..workers import Say, Stops, Until
 from .data import Data, FullRowsCollator
 from .models import config, form, has_state, heads, state
 from .plan import Plan
@@ -30,7 +29,6 @@ DATA, RUNS = "data", "runs"  # folders of an ablation
 TALK = 60.0  # seconds between what a long run says
 FROM_GPU = {"dataloader_num_workers": 2, "per_device_eval_batch_size": 256}  # of TrainingArguments, where there is one
 
-Say = Callable[[str], None]
 Record = dict[str, Any]
 
 
@@ -50,29 +48,6 @@ class Key(NamedTuple):
     def file(self, out: Path) -> Path:
         """Of the record, once it is finished."""
         return self.folder(out).with_suffix(".json")
-
-
-def speak(text: str) -> None:
-    """At once, also where the output is no terminal."""
-    print(text, flush=True)
-
-
-class Event(Protocol):
-    """Of threads or of processes."""
-
-    def is_set(self) -> bool: ...
-    def set(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Until:
-    """When runs stop: at a time of the clock, or when somebody asks."""
-
-    asked: Event
-    deadline: float  # as time.time()
-
-    def over(self) -> bool:
-        return self.asked.is_set() or time.time() >= self.deadline
 
 
 def finished(out: Path, key: Key) -> Record | None:
@@ -177,24 +152,6 @@ def _curve(entries: list[dict[str, float]], loss: str, accuracy: str) -> dict[st
     names = {"loss": loss, "accuracy": accuracy}
     curves = {name: [float(f"{entry[key]:.6g}") for entry in entries] for name, key in names.items()}
     return {"step": [entry["step"] for entry in entries], **curves}
-
-
-class Stops(TrainerCallback):
-    """Saves a checkpoint every so many seconds, and when the run has to stop before its end."""
-
-    def __init__(self, until: Until, save_after: float) -> None:
-        self.until, self.save_after, self.saved = until, save_after, time.monotonic()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            return
-        if self.until.over():
-            control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self.saved > self.save_after:
-            control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.saved = time.monotonic()
 
 
 class Talk(TrainerCallback):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..ablation.command import Interrupted
-from ..ablation.run import Say, speak
 from ..checkpoints import UNFINISHED, whole_file
 from ..errors import UserError
+from ..workers import Say, speak
 from . import metrics
 from .data import TaskData, find
 from .engine import load_words

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..ablation.jobs import one_thread, stopping
-from ..ablation.run import Event, Say, Until
 from ..errors import UserError
+from ..workers import Event, Say, Until, begin, one_thread, result, stopping, until
 from .run import Key, Record, finished, train
 from .tasks import MNLI, TASKS
 
 MOST_JOBS = 8  # on a CPU, where nobody says how many
-
-_until: Until  # of this process, where it works for another
 
 
 def usual_jobs() -> int:
@@ -86,7 +81,7 @@ def _together(out: Path, todo: list[Key], direct: bool, jobs: int, deadline: flo
                     running[pool.submit(_work, out, key)] = key, pool
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     key, pool = running.pop(future)
-                    done.tell(key, _result(future, key))
+                    done.tell(key, result(future, key))
                     free.append(pool)
         except BaseException:
             asked.set()  # the others keep what they have
@@ -99,7 +94,7 @@ def _processes(jobs: int, context: Any, until: Until, stack: ExitStack) -> list[
     name = "CUDA_VISIBLE_DEVICES"
     before = os.environ.get(name)
     gpus = visible(before, torch.cuda.device_count)
-    pools = [stack.enter_context(ProcessPoolExecutor(1, context, _begin, (until, jobs))) for _ in range(jobs)]
+    pools = [stack.enter_context(ProcessPoolExecutor(1, context, begin, (until, jobs))) for _ in range(jobs)]
     try:
         for place, pool in enumerate(pools):
             if gpus:
@@ -117,41 +112,13 @@ def _waits_for(key: Key) -> Key | None:
     return Key(MNLI, key.seed) if TASKS[key.task].after_mnli else None
 
 
-def _result(future: Future[Record | None], key: Key) -> Record | None:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            f"a process has died, with {key} or a run beside it, perhaps for want of memory: the same command goes on, "
-            "with fewer --jobs if it was that"
-        ) from None
-
-
-def _begin(until: Until, jobs: int) -> None:
-    """What a process that works for another does first."""
-    global _until
-    _until = until
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs) if torch.cuda.is_available() else 1)
-
-
 def visible(named: str | None, count: Callable[[], int]) -> list[str]:
     """The names of the GPUs that this process may use."""
     return [name for name in named.split(",") if name] if named is not None else [str(i) for i in range(count())]
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its children, and what they write would be in the way of the next one."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def _work(out: Path, key: Key) -> Record | None:
-    return _train(out, key, _until)
+    return _train(out, key, until())
 
 
 def _train(out: Path, key: Key, until: Until) -> Record | None:

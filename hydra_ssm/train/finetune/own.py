@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from ..ablation.run import Say, speak
 from ..checkpoints import MANIFEST, UNFINISHED, remove, whole_folder
 from ..errors import UserError
+from ..workers import Say, speak
 from . import metrics
 from .engine import Recipe
 from .table import TASKS, Problem, Rows, guess, read_rows, take

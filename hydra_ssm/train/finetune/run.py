@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ...bench.machine import device_name
 from ...text.messages import quiet
-from ..ablation.run import Stops, Until
 from ..checkpoints import newest_whole, remove, remove_unfinished, whole_file, whole_folder
 from ..errors import UserError
+from ..workers import Stops, Until
 from .data import Examples, TaskData, find
 from .engine import Encoded, FineTuner, NotFinite, Recipe, load_model, load_words, longest, make_trainer, predict
 from .tasks import MNLI, TASKS, Task

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ...text.collators import IGNORED
 from ...text.messages import quiet
-from ..ablation.run import Say
 from ..checkpoints import remove
 from ..errors import UserError
+from ..workers import Say
 from . import metrics
 from .data import Examples
 from .engine import Encoded, FineTuner, NotFinite, Recipe, load_model, load_words, longest, make_trainer, predict
