@@ -1,4 +1,4 @@
-"""The command line: how a command begins and ends. What the commands are stands in train/commands.py."""
+"""The command line: how a command begins and ends. What the commands are stands in commands/."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _let_waiting_threads_sleep() -> None:
 def _parse(given: Sequence[str]) -> Callable[[], None]:
     """The command, ready to run. tyro explains a mistake in a box of several lines; one line says the same."""
     tyro = require("tyro", "train")
-    from .train.commands import COMMANDS
+    from .commands import COMMANDS
 
     words = 2 if " ".join(given[:2]) in COMMANDS else 1
     name, rest = " ".join(given[:words]), given[words:]

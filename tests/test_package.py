@@ -32,7 +32,8 @@ LEVEL = {
     "bench": 6,
     "inspection": 7,
     "train": 8,
-    "cli": 9,
+    "commands": 9,
+    "cli": 10,
 }
 CORE = {"helpers", "ops", "matrices", "mixer", "released", "encoder", "root"}
 CORE_REQUIREMENTS = {"torch", "einops"}

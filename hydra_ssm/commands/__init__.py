@@ -1,0 +1,23 @@
+"""The commands of hydra-ssm and their options: as tyro reads them. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .measuring import ablate, bench
+from .models import convert, embed, fill_mask, inspect
+from .training import data_prepare, pretrain
+from .tuning import finetune, glue
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain,
+    "fill-mask": fill_mask,
+    "embed": embed,
+    "inspect": inspect,
+    "convert": convert,
+    "bench": bench,
+    "ablate": ablate,
+    "data prepare": data_prepare,
+    "glue": glue,
+    "finetune": finetune,
+}

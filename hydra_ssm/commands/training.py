@@ -1,0 +1,165 @@
+"""Training a masked language model, and preparing its text."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from .._extras import require
+
+
+def _by_preset(metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run; those that are not given follow the preset."""
+
+    held_out: Annotated[tuple[str, ...] | None, arg(metavar="SOURCE ...", help_behavior_hint="(default: a part)")] = (
+        None
+    )
+    """Files, folders or data sets to evaluate on."""
+    column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: text)")] = None
+    """The column of a data set that holds its texts."""
+    tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None
+    """A folder with a tokenizer, or a vocab.txt."""
+    vocab_size: Annotated[int | None, _by_preset("N")] = None
+    """Most tokens of a trained tokenizer."""
+    length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128)")] = None
+    """Tokens of a row; longer documents are cut."""
+    batch_size: Annotated[int | None, _by_preset("N")] = None
+    """Rows in a step."""
+    accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Parts that a step is computed in, to save memory."""
+    steps: Annotated[int | None, _by_preset("N")] = None
+    """Steps of training."""
+    learning_rate: Annotated[float | None, _by_preset("X")] = None
+    """The highest, reached after a warm-up of 6 %."""
+    weight_decay: Annotated[float | None, _by_preset("X")] = None
+    """As in torch's AdamW: times the learning rate."""
+    mask_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.3)")] = None
+    """Share of the tokens that are hidden in training; evaluation hides 0.15."""
+    save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
+    """Steps between checkpoints."""
+    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fifth)")] = None
+    """Steps between evaluations."""
+    seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
+    """Of the weights, the order of the rows and the masks."""
+
+
+def pretrain(
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE ...]", help_behavior_hint="")] = (),
+    /,
+    *,
+    preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: hydra-tiny)")] = None,
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")] = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    settings: Annotated[Settings, arg(name="")] = Settings(),
+) -> None:
+    """Train a masked language model on text.
+
+    In use:
+        hydra-ssm pretrain
+        hydra-ssm pretrain notes/ book.txt --out runs/mine
+        hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
+        hydra-ssm pretrain shards/ --preset hydra-base
+        hydra-ssm pretrain --out runs/mine --resume
+
+    Args:
+        sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), the name of one on the
+            Hugging Face Hub (NAME or NAME:CONFIGURATION), or a folder that data prepare wrote, which has a tokenizer,
+            a length and held-out rows of its own. None: the language reference that Python carries.
+        preset: A size of model: hydra-tiny, bert-tiny, hydra-base, bert-base, ...
+        out: The folder of the run: model, tokenizer, model card, and what is needed to resume.
+        resume: Go on with the run in --out from its newest checkpoint; its settings are known.
+        overwrite: Start again where there is a run.
+    """
+    for package in ("accelerate", "matplotlib", "rich", "tensorboard"):  # missing at the start of a run, not at its end
+        require(package, extra="train")
+    from ..train.data.shards import settings_of
+    from ..train.errors import UserError
+    from ..train.pretrain import Recipe, example
+    from ..train.pretrain import pretrain as start
+    from ..train.pretrain import resume as go_on
+
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    given |= {"sources": sources} if sources else {}
+    out = out or Path("runs") / (preset or "hydra-tiny")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
+    if resume:
+        recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
+    else:
+        recipe = Recipe.of(preset or "hydra-tiny", **settings_of(sources) | given)
+        score = start(recipe, out, overwrite=overwrite)
+    if score is None:
+        print(f"the run in {out} has ended already")
+    else:
+        print(
+            f"saved {out}: held-out loss {score.loss:.3f}, masked accuracy {score.accuracy:.1%}; more in its README.md"
+        )
+    place = shlex.quote(str(out))
+    print(f"next: hydra-ssm fill-mask {place} {shlex.quote(example(recipe))}\n      hydra-ssm embed {place} FILE")
+
+
+def data_prepare(
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="")],
+    /,
+    *,
+    out: Annotated[Path, arg(metavar="DIR")],
+    tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None,
+    vocab_size: int = 30522,
+    length: int = 512,
+    rows: Literal["packed", "cut"] = "packed",
+    documents: Literal["file", "paragraph", "line"] = "file",
+    column: str = "text",
+    held_out: float = 0.01,
+    shard_tokens: int = 1 << 24,
+    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one a core)")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Turn text of any size into shards of tokens that pretrain reads, once and for all.
+
+    Sources are read as streams, so that memory does not grow with them; a killed command goes on when it is given
+    again, and its result is the same, byte for byte. What cannot be read (damaged or truncated files, records without
+    text, bytes that are no UTF-8) and what should not (empty documents, documents that occurred before) is counted,
+    shown, and listed in DIR/manifest.json, beside the hash of every shard.
+
+    In use:
+        hydra-ssm data prepare books/ --out shards --documents paragraph
+        hydra-ssm data prepare c4/*.json.gz --tokenizer vocab.txt --length 128 --out c4-128
+        hydra-ssm data prepare allenai/c4:en --tokenizer vocab.txt --jobs 16 --out c4
+        hydra-ssm pretrain shards --preset hydra-base
+
+    Args:
+        sources: Files (.txt, .md, .rst, .jsonl, .json, .csv, also with .gz or .zst behind; .parquet), folders of them,
+            a folder of the datasets library, or the name of a data set on the Hugging Face Hub (NAME or
+            NAME:CONFIGURATION), whose split train is streamed.
+        out: A new folder for the shards, or one to go on with.
+        tokenizer: A folder with a tokenizer, or a vocab.txt. One is trained on the first 50 million characters
+            otherwise.
+        vocab_size: Most tokens of a trained tokenizer.
+        length: Most tokens of a row.
+        rows: packed: documents fill rows together, without padding, longer ones in pieces. cut: each document is a
+            row and ends where the row does, as in the paper; what is cut off is counted.
+        documents: What a document is in plain text: a file, a paragraph (blank lines separate them), or a line.
+        column: The field or column that holds the text of a record.
+        held_out: Share of the documents to evaluate on, chosen by their text.
+        shard_tokens: A shard is closed when it holds so many, or some more.
+        jobs: Processes that turn text into tokens.
+        overwrite: Begin again where there are shards of other settings.
+    """
+    for package in ("datasets", "pyarrow", "rich"):
+        require(package, extra="train")
+    from ..train.data.prepare import Settings as Preparation
+    from ..train.data.report import prepare_and_show
+
+    settings = Preparation(sources, tokenizer, vocab_size, length, rows, documents, column, held_out, shard_tokens)
+    prepare_and_show(settings, out, jobs=jobs, overwrite=overwrite)
+    print(f"next: hydra-ssm pretrain {shlex.quote(str(out))}")
