@@ -221,6 +221,15 @@ def test_weights_that_come_when_their_module_is_called_are_waited_for() -> None:
         torch.testing.assert_close(like(mixer, impl)(u), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [20, 40])
+def test_programs_that_go_through_all_heads_give_the_same(length, monkeypatch) -> None:
+    """As where chunks are many; so few chunks have their heads dealt to several programs."""
+    monkeypatch.setattr("hydra_ssm.ops.triton.plan.FEW", 0)
+    mixer = layer(expand=4)
+    assert mixer.settings.nheads == 4
+    agree(mixer, torch.randn(1, length, 16, device=DEVICE))
+
+
 @pytest.mark.parametrize("matrix", ["semiseparable", "add", "add_diagonal", "add_shift", "concat", "mult"])
 def test_the_other_scans_go_through_the_kernels_too(matrix) -> None:
     mixer = layer(matrix, headdim=16, expand=4)
