@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	@echo 'Installing into .venv; torch is large, so the first time takes minutes.'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tests/torchvision_on_cpu.py
 	@touch $@
 
 demo: $(STAMP)  ## train a small Hydra encoder on the CPU (about 3 minutes), then fill a mask and embed a file with it

@@ -1,8 +1,6 @@
 """What holds for every test: no network, one seed, no surprises from the number of cores or a missing GPU."""
 
 import os
-from importlib.util import find_spec
-from pathlib import Path
 
 # Read at import by the libraries below, and inherited by the processes that tests start.
 os.environ |= {
@@ -28,25 +26,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
-
-def declare_missing_torchvision_operators() -> torch.library.Library | None:
-    """Let PyPI's torchvision, built for CUDA, be imported beside a CPU build of torch.
-
-    Its library then fails to load, and its Python code registers fake versions of operators that nobody has declared.
-    """
-    spec = find_spec("torchvision")
-    if torch.version.cuda is not None or spec is None or spec.origin is None:
-        return None
-    if "+cu" not in Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"):
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-TORCHVISION = declare_missing_torchvision_operators()  # the operators live as long as this object
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

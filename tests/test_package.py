@@ -38,8 +38,8 @@ LEVEL = {
 CORE = {"helpers", "ops", "matrices", "mixer", "released", "encoder", "root"}
 CORE_REQUIREMENTS = {"torch", "einops"}
 OPTIONAL = {
-    "accelerate", "datasets", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
-    "tokenizers", "torchvision", "transformers", "triton", "tyro",
+    "accelerate", "datasets", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "safetensors", "scipy",
+    "sklearn", "tensorboard", "timm", "tokenizers", "torchao", "torchvision", "transformers", "triton", "tyro",
 }  # fmt: skip
 
 
