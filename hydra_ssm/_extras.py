@@ -1,5 +1,8 @@
 """Imports of packages that only an extra installs."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Literal
@@ -21,3 +24,14 @@ def require(name: str, extra: Extra) -> ModuleType:
         if error.name != package:
             raise
         raise ImportError(f'{package} is not installed: pip install "hydra-ssm[{extra}]"', name=package) from None
+
+
+@contextmanager
+def imports_unannounced() -> Iterator[None]:
+    """No log below errors meanwhile: packages that others import wherever they are found report what they lack."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

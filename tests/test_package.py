@@ -159,6 +159,14 @@ def test_importing_is_quick_and_loads_no_optional_package() -> None:
     assert min(seconds) <= 0.3, f"import hydra_ssm takes {seconds} s over import torch"
 
 
+@pytest.mark.parametrize("module", ["text", "train.trainer"])
+def test_importing_prints_nothing_whatever_is_installed(module: str) -> None:
+    """torchao, which transformers imports, reports the libraries that it cannot load."""
+    code = f"import hydra_ssm.{module}, logging; logging.warning('still logged')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "WARNING:root:still logged\n")
+
+
 def test_a_missing_extra_is_named() -> None:
     with pytest.raises(ImportError, match=re.escape('no_such_package is not installed: pip install "hydra-ssm[text]"')):
         require("no_such_package.part", extra="text")

@@ -1,10 +1,9 @@
 """Text encoders as transformers models. Importing this registers them with the Auto classes."""
 
-# ruff: noqa: E402 - the extra is named before its packages are imported
+from .._extras import imports_unannounced, require
 
-from .._extras import require
-
-require("transformers", "text")
+with imports_unannounced():
+    require("transformers.modeling_utils", "text")  # and torchao, where that is installed
 
 from transformers import (
     AutoConfig,
