@@ -152,6 +152,12 @@ def _ablation(matrix: str, data_dependent: bool) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     "hydra-base": {},
     "bert-base": {**_BERT, "num_hidden_layers": 12, "intermediate_size": 3072},
+    "hydra-large": {"hidden_size": 1024, "num_hidden_layers": 45},
+    "bert-large": {**_BERT, "hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096},
+    "hydra-medium": {"hidden_size": 512, "num_hidden_layers": 13},
+    "bert-medium": {**_BERT, "hidden_size": 512, "num_hidden_layers": 7, "intermediate_size": 2048},
+    "hydra-small": {"hidden_size": 384, "num_hidden_layers": 11},
+    "bert-small": {**_BERT, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
     "hydra-tiny": {"hidden_size": 128, "num_hidden_layers": 4, "d_state": 32, "headdim": 32},
     "bert-tiny": {**_BERT, "hidden_size": 128, "num_hidden_layers": 2, "headdim": 32, "intermediate_size": 512},
     "hydra-12": {"num_hidden_layers": 12},
@@ -166,6 +172,10 @@ def preset(name: str, **changes: Any) -> HydraConfig:
     - hydra-base: 23 Hydra layers, 112M parameters, the paper's Table 4.
     - bert-base: 12 layers of attention and feed-forward networks with learned positions, the baseline: 110M. Dropout is
       BERT's but for the attention weights, which have none.
+    - hydra-large, bert-large: BERT's large size, 24 layers of width 1024, and as many Hydra layers of that width as come
+      nearest to its parameters: 45; 334M and 335M.
+    - hydra-medium, bert-medium: width 512, 13 layers against 7; 38.7M and 38.3M.
+    - hydra-small, bert-small: width 384, 11 layers against 6; 23.0M and 22.7M.
     - hydra-tiny, bert-tiny: of one size, for a few minutes on a CPU.
     - hydra-12 and MATRIX-12, MATRIX-12-fixed: 12 layers of width 768, about 70M, the paper's ablations; up to 128
       tokens, data dependent or fixed. A class of your own, once it is in `hydra_ssm.MATRICES`:

@@ -1,0 +1,184 @@
+"""From what is asked for to its files: what `hydra-ssm compare` does."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..ablation.command import Interrupted
+from ..errors import UserError
+from ..workers import Event, Say, Until, speak, stopping
+from .data import Data, check_whole
+from .loop import How
+from .plan import MODELS, NAME, TEXTS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
+from .report import Report, collect, draw_curves, draw_lengths, table, write_json
+from .run import MODELS_FOLDER, RUNS, Record, train
+from .tasks import run_tasks, tasks_done
+
+REPORT = "comparison"  # begins the names of its files
+LOCK = ".lock"
+STAGES = ("tokens", "tasks", "lengths", "seconds", "seeds")
+
+
+def compare(
+    data: str | Path,
+    out: str | Path,
+    *,
+    limit: float | None = None,
+    stages: tuple[str, ...] = STAGES,
+    jobs: int = 1,
+    graph: bool = True,
+    compile: bool = True,
+    say: Say = speak,
+    **settings: Any,
+) -> Report:
+    """What `hydra-ssm compare` does, for a machine where what parses its options is missing. Returns what JSON has.
+
+    python -c "from hydra_ssm.train.comparison import compare; compare('runs/compare/data', 'runs/compare', limit=500)"
+
+    What has begun in `out` goes on, with the plan that it has. Needs torch, einops, NumPy, transformers, tokenizers,
+    accelerate, safetensors, SciPy and scikit-learn; for the pictures matplotlib.
+
+    Args:
+        data: a folder that `prepare` wrote.
+        out: a folder that is new or holds a comparison; data/ in it does not disturb.
+        limit: seconds after which all stops, to be gone on with by the same call.
+        stages: which parts, in their order, after the learning rates: tokens, tasks, lengths, seconds, seeds.
+        jobs: GLUE runs of each model at once.
+        graph, compile: on a GPU, replay a CUDA graph of a step, and compile the layers.
+        settings: fields of `Plan`, for a comparison that begins.
+
+    Raises:
+        UserError: what the user can repair.
+        Interrupted: SIGINT or SIGTERM came; what the runs had is kept.
+    """
+    started = time.time()
+    if unknown := set(stages) - set(STAGES):
+        raise UserError(f"stages must be of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    if jobs < 1 or (limit is not None and not limit >= 0):
+        raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        plan = _plan(folder, settings)
+        check_whole(Path(data))
+        asked: Event = threading.Event()
+        until = Until(asked, float("inf") if limit is None else started + limit)
+        comparison = Comparison(folder, plan, Data(Path(data)), until, How(graph, compile), jobs, say)
+        with stopping(asked) as received:
+            comparison.go_on(stages)
+        report = collect(folder, plan, comparison.data, comparison.left)
+        say(table(report))
+        _write(report, folder, say)
+    if received:
+        raise Interrupted(received[0], folder)
+    return report
+
+
+class Comparison:
+    """The parts, each made of what the ones before it have found."""
+
+    def __init__(self, out: Path, plan: Plan, data: Data, until: Until, how: How, jobs: int, say: Say) -> None:
+        self.out, self.plan, self.data, self.until, self.how, self.jobs = out, plan, data, until, how, jobs
+        self.say = say
+        self.left: list[str] = []
+
+    def go_on(self, stages: tuple[str, ...]) -> None:
+        """As far as the time allows."""
+        rates = self._train(rate_runs(self.plan))
+        if rates is None:
+            self.left.append("all after the learning rates")
+            return
+        best = best_rates(rates)
+        self.say(f"best rates: {', '.join(f'{model} {rate:g}' for model, rate in best.items())}")
+        first = token_runs(self.plan, best, self.plan.seeds[0])
+        parts: dict[str, Callable[[], object]] = {
+            "tokens": lambda: self._train(first),
+            "tasks": self._tasks,
+            "lengths": lambda: self._train(length_runs(self.plan, best)),
+            "seconds": lambda: self._seconds(best, first),
+            "seeds": lambda: [self._train(token_runs(self.plan, best, seed)) for seed in self.plan.seeds[1:]],
+        }
+        for name, part in parts.items():
+            if name in stages and (name in ("tokens", "seeds") or self._whole(first)):
+                part()
+
+    def _train(self, runs: list[Run]) -> list[Record] | None:
+        """The records of all of them, or None."""
+        found = [train(self.out, run, self.plan, self.data, self.until, self.how, self.say) for run in runs]
+        self.left += [run.name for run, record in zip(runs, found, strict=True) if record is None]
+        whole = [record for record in found if record is not None]
+        return whole if len(whole) == len(runs) else None
+
+    def _whole(self, runs: list[Run]) -> bool:
+        """Whether both models are there to go on with."""
+        return all((self.out / MODELS_FOLDER / run.name).is_dir() for run in runs)
+
+    def _tasks(self) -> None:
+        if not self.plan.tasks:
+            return
+        if not self.until.over() and not all(tasks_done(self.out, self.plan, model) for model in MODELS):
+            run_tasks(self.out, self.data.folder, self.plan, self.until, self.jobs)
+        self.left += [f"GLUE of {model}" for model in MODELS if tasks_done(self.out, self.plan, model) is None]
+
+    def _seconds(self, best: dict[str, float], first: list[Run]) -> None:
+        found = self._train(first)
+        if found is not None and not any("diverged" in record for record in found):
+            seconds = {record["model"]: record["seconds"] for record in found}
+            self._train([seconds_run(self.plan, best, self.plan.seeds[0], seconds)])
+
+
+def best_rates(records: list[Record]) -> dict[str, float]:
+    """Of each model, by its loss on the first held-out text. Raises UserError where all have diverged."""
+    best = {}
+    for model in MODELS:
+        own = [r for r in records if r["model"] == model and "diverged" not in r]
+        if not own:
+            raise UserError(f"{model} must learn at one of the rates, it diverges at all of them: give lower rates")
+        best[model] = min(own, key=lambda r: r["losses"][TEXTS[0]])["rate"]
+    return best
+
+
+def _plan(folder: Path, settings: dict[str, Any]) -> Plan:
+    if not (folder / NAME).is_file():
+        if (folder / RUNS).exists():
+            raise UserError(f"{folder} must be new or hold a comparison, it has runs and no {NAME}")
+        plan = Plan.of(settings)
+        plan.write(folder)
+        return plan
+    plan = Plan.read(folder)
+    for name, value in asdict(Plan.of(asdict(plan) | settings)).items():
+        if value != getattr(plan, name):
+            raise UserError(f"{name} is {getattr(plan, name)} in the comparison in {folder}, got {value}")
+    return plan
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in the folder. Raises UserError."""
+    with (folder / LOCK).open("w") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another comparison is at work in {folder}: choose another --out, or wait") from None
+        yield
+
+
+def _write(report: Report, folder: Path, say: Say) -> None:
+    write_json(report, folder / f"{REPORT}.json")
+    if importlib.util.find_spec("matplotlib") is not None:
+        if any(s["stage"] == "tokens" for s in report["summary"]):
+            draw_curves(report, folder / f"{REPORT}_curves.png")
+        if any(s["stage"] == "length" for s in report["summary"]):
+            draw_lengths(report, folder / f"{REPORT}_lengths.png")
+    say(f"wrote {folder / REPORT}.json")

@@ -1,0 +1,154 @@
+"""What the comparison is made of: the two models, the budget of each part, and the runs that follow from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from ..checkpoints import whole_file
+from ..errors import UserError
+
+NAME = "plan.json"
+MODELS = ("hydra", "bert")
+TEXTS = ("books", "wikitext")  # what is held out; the rate is chosen by the first
+DECAY = 1e-5  # what a step at the highest learning rate takes off the weights, as in the paper
+WHOLE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a comparison.
+
+    Args:
+        hydra, bert: presets, of equal parameters.
+        length: tokens of a row, [CLS] and [SEP] included.
+        batch_tokens: of a step, the same at every length.
+        rates: peak learning rates that both models try, on `rate_tokens` each.
+        tokens: of a pretraining run.
+        seeds: of the pretraining; the first one's models go on to the tasks and the longer rows.
+        lengths, length_tokens: the models go on with rows of these lengths, on so many tokens each.
+        length_rate: the peak of that, as a share of the best rate.
+        evaluations: of a run, the last one after its last step.
+        evaluation_tokens: most tokens of each held-out text that are evaluated on.
+        tasks, task_seeds, task_batch: of GLUE; no tasks for none.
+        save_after: seconds between checkpoints.
+
+    Raises:
+        UserError: a setting out of its range.
+    """
+
+    hydra: str = "hydra-medium"
+    bert: str = "bert-medium"
+    length: int = 128
+    batch_tokens: int = 32_768
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rate_tokens: int = 24_000_000
+    tokens: int = 180_000_000
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lengths: tuple[int, ...] = (128, 512, 2048, 8192)
+    length_tokens: int = 16_000_000
+    length_rate: float = 0.5
+    mask_rate: float = 0.30
+    evaluations: int = 20
+    evaluation_tokens: int = 1 << 19
+    tasks: tuple[str, ...] = WHOLE_TASKS
+    task_seeds: tuple[int, ...] = (0, 1, 2)
+    task_batch: int = 32
+    save_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        for length in (self.length, *self.lengths):
+            if length < 3 or self.batch_tokens % length:
+                raise UserError(
+                    f"lengths must be at least 3 and divide batch_tokens = {self.batch_tokens}, got {length}"
+                )
+        for name in ("rate_tokens", "tokens", "length_tokens"):
+            if getattr(self, name) < self.batch_tokens:
+                raise UserError(
+                    f"{name} must be at least batch_tokens = {self.batch_tokens}, got {getattr(self, name)}"
+                )
+        for name in ("evaluations", "evaluation_tokens", "task_batch", "length_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 < self.mask_rate <= 1:
+            raise UserError(f"mask_rate must be above 0 and at most 1, got {self.mask_rate}")
+        if not self.rates or not all(rate > 0 for rate in self.rates) or not self.seeds:
+            raise UserError(f"there must be a seed and rates above 0, got {self.seeds} and {self.rates}")
+
+    @classmethod
+    def of(cls, given: dict[str, Any]) -> Self:
+        """With what is given in place of its numbers."""
+        if unknown := given.keys() - {field.name for field in fields(cls)}:
+            raise UserError(f"a comparison has no setting {', '.join(sorted(unknown))}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
+        return cls(**values)
+
+    def write(self, folder: Path) -> None:
+        """Into a file of the folder."""
+        with whole_file(folder / NAME) as part:
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """What `write` wrote. Raises UserError for anything else."""
+        try:
+            return cls.of(json.loads((folder / NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"cannot read {folder / NAME}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one model.
+
+    Args:
+        stage: rate, tokens (all of them), length, or seconds (as many as the slower model took).
+        start: the run that it goes on from.
+    """
+
+    stage: str
+    model: str
+    seed: int
+    length: int
+    steps: int
+    rate: float
+    start: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What tells runs apart."""
+        what = {"rate": f"{self.rate:g}", "length": f"{self.length}"}.get(self.stage, f"seed-{self.seed}")
+        return f"{self.stage}-{self.model}-{what}"
+
+
+def rate_runs(plan: Plan) -> list[Run]:
+    """The small grid, the same for both models."""
+    steps = plan.rate_tokens // plan.batch_tokens
+    return [Run("rate", model, plan.seeds[0], plan.length, steps, rate) for rate in plan.rates for model in MODELS]
+
+
+def token_runs(plan: Plan, best: dict[str, float], seed: int) -> list[Run]:
+    """Both models on the same tokens, each at its best rate."""
+    steps = plan.tokens // plan.batch_tokens
+    return [Run("tokens", model, seed, plan.length, steps, best[model]) for model in MODELS]
+
+
+def length_runs(plan: Plan, best: dict[str, float]) -> list[Run]:
+    """What the models learn from longer rows, and the shorter ones again to compare with."""
+    steps, seed = plan.length_tokens // plan.batch_tokens, plan.seeds[0]
+    return [
+        Run("length", model, seed, length, steps, plan.length_rate * best[model], f"tokens-{model}-seed-{seed}")
+        for length in plan.lengths
+        for model in MODELS
+    ]
+
+
+def seconds_run(plan: Plan, best: dict[str, float], seed: int, seconds: dict[str, float]) -> Run:
+    """The faster model once more, on as many tokens as fill the slower one's time."""
+    fast, slow = sorted(MODELS, key=seconds.__getitem__)
+    steps = int(plan.tokens // plan.batch_tokens * seconds[slow] / seconds[fast])
+    return Run("seconds", fast, seed, plan.length, steps, best[fast])

@@ -1,0 +1,146 @@
+"""What came out of a comparison: one JSON, a table, and the curves."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from ..._extras import require
+from ..checkpoints import whole_file
+from .data import Data
+from .plan import MODELS, TEXTS, Plan
+from .run import RUNS
+from .tasks import FOLDER, REPORT
+
+Report = dict[str, Any]
+
+
+def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
+    """All that is known. `left` names what is not finished."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / RUNS).glob("*.json"))]
+    glue: dict[str, Any] = {}
+    for model in MODELS:
+        path = out / FOLDER / model / REPORT
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            glue[model] = {name: found[name] for name in ("tasks", "average", "runs")}
+    return {
+        "date": date.today().isoformat(), "plan": asdict(plan), "data": data.facts, "unfinished": left,
+        "summary": [
+            {"stage": stage, "model": model, "length": length, **_summary(own)}
+            for (stage, model, length), own in _grouped(runs).items()
+        ],
+        "glue": glue, "runs": runs,
+    }  # fmt: skip
+
+
+def _grouped(runs: list[Report]) -> dict[tuple[str, str, int], list[Report]]:
+    """Runs that differ in their seeds alone, rates apart."""
+    groups: dict[tuple[str, str, int], list[Report]] = {}
+    for run in runs:
+        if run["stage"] != "rate" and "diverged" not in run:
+            groups.setdefault((run["stage"], run["model"], run["length"]), []).append(run)
+    return groups
+
+
+def _summary(runs: list[Report]) -> Report:
+    """Means over the seeds, and standard deviations (n - 1) where there are several."""
+    values = {
+        **{f"{text}_loss": [run["losses"][text] for run in runs] for text in TEXTS},
+        **{f"{text}_accuracy": [run["accuracies"][text] for run in runs] for text in TEXTS},
+        **{name: [run[name] for run in runs] for name in ("seconds", "tokens_per_second", "tokens")},
+    }
+    return {
+        "seeds": [run["seed"] for run in runs], "parameters": runs[0]["parameters"], "rate": runs[0]["rate"],
+        **{
+            name: {"mean": mean(found), "spread": stdev(found) if len(found) > 1 else None}
+            for name, found in values.items()
+        },
+    }  # fmt: skip
+
+
+def table(report: Report) -> str:
+    """What is known, in lines of text."""
+    lines = [
+        f"{'':26}{'length':>7}{'rate':>9}{'books loss':>12}{'acc. %':>8}{'wikitext':>10}{'acc. %':>8}{'tokens/s':>12}"
+    ]
+    for run in report["runs"]:
+        if "diverged" in run:
+            lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}  diverged {run['diverged']}")
+            continue
+        cells = "".join(
+            f"{run['losses'][text]:>{width}.3f}{100 * run['accuracies'][text]:>8.1f}"
+            for text, width in zip(TEXTS, (12, 10), strict=True)
+        )
+        lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}{cells}{run['tokens_per_second']:>12,.0f}")
+    for model, found in report["glue"].items():
+        scores = [f"{task} {_percent(value)}" for task, value in found["tasks"].items()]
+        lines.append(f"GLUE, {model}: {', '.join(scores)}; average {_percent(found['average'])}")
+    if report["unfinished"]:
+        lines.append(f"not finished: {', '.join(report['unfinished'])}; the same command goes on")
+    return "\n".join(lines)
+
+
+def _percent(summary: Report | None) -> str:
+    if summary is None:
+        return "-"
+    return f"{summary['mean']:.1f}" + ("" if summary["spread"] is None else f" ± {summary['spread']:.1f}")
+
+
+def write_json(report: Report, path: Path) -> None:
+    """All of it, a run a line."""
+    rest = {name: value for name, value in report.items() if name != "runs"}
+    runs = ",\n".join(f"  {json.dumps(run)}" for run in report["runs"])
+    text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+LOOK = {"hydra": {"color": "C0", "marker": "o"}, "bert": {"color": "C1", "marker": "s"}}
+
+
+def draw_curves(report: Report, path: Path) -> None:
+    """Held-out loss by tokens and by seconds, of each text."""
+    figure = require("matplotlib.figure", "train").Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, text in zip(axes, TEXTS, strict=True):
+        for ax, by in zip(row, ("tokens", "seconds"), strict=True):
+            for run in (r for r in report["runs"] if r["stage"] in ("tokens", "seconds") and "diverged" not in r):
+                if run["stage"] == "seconds" and by == "tokens":
+                    continue
+                points = [p for p in run["curve"] if p["step"]]
+                first = run["seed"] == report["plan"]["seeds"][0]
+                label = f"{run['model']}{', on as many seconds' * (run['stage'] == 'seconds')}" if first else None
+                style = "--" if run["stage"] == "seconds" else "-"
+                y = [p[f"{text}_loss"] for p in points]
+                ax.plot([p[by] for p in points], y, style, label=label, markersize=3, **LOOK[run["model"]])
+            ax.set(xlabel=f"{by} of training", title=text)
+        row[0].set_ylabel("held-out loss (nats)")
+        row[1].legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_lengths(report: Report, path: Path) -> None:
+    """Loss and speed by the length of the rows."""
+    figure = require("matplotlib.figure", "train").Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for model in MODELS:
+        own = [s for s in report["summary"] if s["stage"] == "length" and s["model"] == model]
+        own.sort(key=lambda s: s["length"])
+        names = [*(f"{text}_loss" for text in TEXTS), "tokens_per_second"]
+        for ax, name in zip(axes, names, strict=True):
+            ax.plot([s["length"] for s in own], [s[name]["mean"] for s in own], label=model, **LOOK[model])
+            ax.set(xscale="log", xlabel="length of the rows", title=name.replace("_", " "))
+            ax.set_xticks(lengths := report["plan"]["lengths"], [f"{n:,}" for n in lengths], minor=False)
+    axes[2].set_ylim(bottom=0)
+    axes[0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=100, format="png", pil_kwargs={"optimize": True})

@@ -1,0 +1,118 @@
+"""One run of the comparison: its model, its training, and the record that it leaves."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from ...bench.machine import facts
+from ...text import HydraForMaskedLM, preset
+from ...text.messages import quiet
+from ..checkpoints import remove, whole_file, whole_folder
+from ..errors import UserError
+from ..workers import Say, Until
+from .data import Data
+from .loop import How, NotFinite, Training
+from .plan import Plan, Run
+
+RUNS, MODELS_FOLDER, CHECKPOINTS = "runs", "models", "checkpoints"
+POSITIONS = "model.embeddings.position_embeddings.weight"
+
+Record = dict[str, Any]
+
+
+def finished(out: Path, name: str) -> Record | None:
+    """The record of a run that has come to its end."""
+    try:
+        return json.loads((out / RUNS / f"{name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, say: Say) -> Record | None:
+    """Go on with a run to its end, and keep its record in a file of its own. None where it had to stop before."""
+    if (found := finished(out, run.name)) or until.over():
+        return found
+    folder, began = out / CHECKPOINTS / run.name, time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    record: Record = {"name": run.name, **asdict(run), "preset": getattr(plan, run.model)}
+    _free_memory()
+    with quiet():
+        training = Training(run, plan, data, _model(out, run, plan, data), folder, how, say)
+        try:
+            if not training.fit(until):
+                return None
+            record |= _results(training, plan, how)
+        except NotFinite as error:
+            say(f"{run.name} has diverged {error}")
+            record["diverged"] = str(error)
+        if run.stage in ("tokens", "seconds") and "diverged" not in record:
+            with whole_folder(out / MODELS_FOLDER / run.name) as part:
+                training.trainee.net.save_pretrained(part)
+                data.tokenizer.save_pretrained(part)
+    record["seconds_in_all"] = round(time.perf_counter() - began, 1)  # of the call that ended it
+    _write(out / RUNS / f"{run.name}.json", record)
+    remove(folder)
+    return record
+
+
+def _free_memory() -> None:
+    """What the run before has left on a GPU."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _write(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _model(out: Path, run: Run, plan: Plan, data: Data) -> HydraForMaskedLM:
+    """New, or the one of the run that it goes on from."""
+    set_seed(run.seed)
+    if run.start is None:
+        words = {"vocab_size": -(-len(data.tokenizer) // 8) * 8, "pad_token_id": data.tokenizer.pad_token_id}
+        return HydraForMaskedLM(preset(getattr(plan, run.model), **words))
+    source = out / MODELS_FOLDER / run.start
+    if not source.is_dir():
+        raise UserError(f"{source} is missing: remove {out / RUNS / run.start}.json to train it again")
+    return longer(HydraForMaskedLM.from_pretrained(source), plan.length, run.length)
+
+
+def longer(net: HydraForMaskedLM, trained: int, length: int) -> HydraForMaskedLM:
+    """The model for rows of another length: learned positions, if it has any, repeat those that were trained."""
+    if not net.config.position_embeddings or length <= trained:
+        return net
+    state = net.state_dict()
+    table = state[POSITIONS][:trained]
+    state[POSITIONS] = table.repeat(-(-length // trained), 1)[:length]
+    config = type(net.config)(**{**net.config.to_dict(), "max_position_embeddings": length})
+    other = HydraForMaskedLM(config)
+    other.load_state_dict(state)
+    return other
+
+
+def _results(training: Training, plan: Plan, how: How) -> Record:
+    last = training.curve[-1]
+    on_gpu = training.device.type == "cuda"
+    return {
+        "parameters": training.trainee.net.num_parameters(),
+        "tokens": last["tokens"], "seconds": last["seconds"],
+        "tokens_per_second": last["tokens"] / last["seconds"],
+        "warm_up_seconds": round(training.warm_up, 1),
+        "losses": {name.removesuffix("_loss"): last[name] for name in last if name.endswith("_loss")},
+        "accuracies": {name.removesuffix("_accuracy"): last[name] for name in last if name.endswith("_accuracy")},
+        "curve": training.curve, "training": training.training,
+        "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "graph": on_gpu and how.graph, "compiled": on_gpu and how.compile, "machine": facts(training.device),
+    }  # fmt: skip

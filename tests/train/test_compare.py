@@ -1,0 +1,289 @@
+"""The comparison of Hydra with BERT: whole, tiny, killed in the middle."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_glue import write_glue
+from small_text import sentences
+
+from hydra_ssm.text import HydraForMaskedLM, preset
+from hydra_ssm.text.collators import IGNORED
+from hydra_ssm.text.tokenizer import train_tokenizer
+from hydra_ssm.train.comparison import Plan, compare, prepare
+from hydra_ssm.train.comparison.command import best_rates
+from hydra_ssm.train.comparison.data import Batches, Data, plainly
+from hydra_ssm.train.comparison.loop import How, Trainee, make_optimizer, masked_loss, schedule
+from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
+from hydra_ssm.train.comparison.run import longer
+from hydra_ssm.train.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY: dict[str, Any] = {
+    "hydra": "hydra-tiny", "bert": "bert-tiny", "length": 16, "batch_tokens": 64, "rates": (3e-3, 1e-3),
+    "rate_tokens": 256, "tokens": 64 * 12, "seeds": (0, 1), "lengths": (16, 32), "length_tokens": 256,
+    "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,), "task_batch": 32,
+    "save_after": 0.1,
+}  # fmt: skip
+CALL = (
+    "import json, sys; from hydra_ssm.train.comparison import compare; "
+    "compare(*sys.argv[1:3], **json.loads(sys.argv[3]))"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `prepare` makes of three texts and GLUE."""
+    base = tmp_path_factory.mktemp("compare")
+    for number, name in enumerate(("train", "books", "wikitext")):
+        (base / f"{name}.txt").write_text(sentences(150 if number == 0 else 60, seed=number), encoding="utf-8")
+    words = train_tokenizer([sentences(300), "a quick text good bad . \" ' , :"], 200)
+    words.save_pretrained(base / "words")
+    held_out = {name: [str(base / f"{name}.txt")] for name in ("books", "wikitext")}
+    prepare(base / "data", [str(base / "train.txt")], held_out, str(base / "words"), str(write_glue(base / "glue", 64)))
+    return base / "data"
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Data:
+    return Data(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_rows_are_consecutive_tokens_of_one_document_between_cls_and_sep(folder: Path, data: Data) -> None:
+    words, rows = data.tokenizer, data.rows("train", 16)
+    text = (folder.parent / "train.txt").read_text(encoding="utf-8")
+    whole = words(text, add_special_tokens=False)["input_ids"]
+    found = rows.take(np.arange(len(rows)))
+    assert len(rows) == len(whole) // 14
+    assert (found[:, 0] == words.cls_token_id).all()
+    assert (found[:, -1] == words.sep_token_id).all()
+    assert found[:, 1:-1].reshape(-1).tolist() == whole[: 14 * len(rows)]
+
+
+def test_both_models_and_a_resumed_run_see_the_same_batches(data: Data) -> None:
+    first, again = (Batches(data, 16, 64, 0.3, seed=0) for _ in range(2))
+    other = Batches(data, 16, 64, 0.3, seed=1)
+    for step in (0, 5, 300):  # over several passes
+        assert all(
+            torch.equal(a, b) for a, b in zip(vars(first[step]).values(), vars(again[step]).values(), strict=True)
+        )
+        assert not torch.equal(first[step].input_ids, other[step].input_ids)
+
+
+def test_a_pass_shows_every_row_once(data: Data) -> None:
+    batches = Batches(data, 16, 16, 0.3, seed=0)
+    rows = batches.rows.take(np.arange(len(batches.rows)))
+    seen = []
+    for step in range(len(rows)):
+        batch = batches[step]
+        tokens = batch.input_ids.flatten().clone()
+        kept = batch.labels != IGNORED
+        tokens[batch.places[kept]] = batch.labels[kept]
+        seen.append(tokens.numpy())
+    assert sorted(map(tuple, seen)) == sorted(map(tuple, rows))
+
+
+def test_the_share_of_hidden_tokens_is_the_papers_in_training_and_in_evaluation(data: Data) -> None:
+    batches = Batches(data, 16, 1024, 0.3, seed=0)
+    share = np.mean([float((batches[i].labels != IGNORED).sum()) for i in range(20)]) / (1024 * 14 / 16)
+    assert abs(share - 0.30) < 0.02
+    inputs, labels = data.evaluation("books", 16, 1 << 14)
+    assert abs(float((labels != IGNORED).float().mean()) / (14 / 16) - 0.15) < 0.03
+    assert inputs.shape == labels.shape
+
+
+def test_wikitext_is_read_as_others_write() -> None:
+    assert plainly("weigh 0 @.@ 7 kg , <unk> @-@ like") == "weigh 0.7 kg , [UNK]-like"
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+
+def test_the_schedule_is_the_papers() -> None:
+    values = [schedule(step, 1000) for step in range(1000)]
+    assert max(values) == values[59] == 1  # 6 %
+    assert values[0] == pytest.approx(1 / 60)
+    assert values[-1] == pytest.approx(0.02)
+    assert np.allclose(np.diff(values[60:]), -0.98 / 940)
+
+
+def test_decay_is_decoupled_and_spares_norms_biases_and_decays() -> None:
+    net = HydraForMaskedLM(preset("hydra-tiny", vocab_size=200, hidden_size=32, num_hidden_layers=1, headdim=16))
+    rate = 2e-3
+    optimizer = make_optimizer(net, rate, fused=False)
+    names = {id(p): name for name, p in net.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert decayed | free == set(names.values())
+    assert all("bias" in n or "norm" in n or n.endswith(("A_log", ".D")) for n in free)
+    assert not any("bias" in n or "norm" in n or n.endswith(("A_log", ".D")) for n in decayed)
+    before = net.model.embeddings.word_embeddings.weight.detach().clone()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = net.model.embeddings.word_embeddings.weight
+    assert torch.allclose(after.double(), before.double() * (1 - 1e-5), rtol=2e-7, atol=0)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.98)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_model(data: Data) -> None:
+    config = preset(
+        "hydra-tiny", vocab_size=208, hidden_size=32, num_hidden_layers=1, headdim=16, embedding_dropout=0.0
+    )
+    net = HydraForMaskedLM(config).double().train()
+    batch = Batches(data, 16, 64, 0.3, seed=0)[0]
+    labels = torch.full(batch.input_ids.shape, IGNORED).flatten()
+    kept = batch.labels != IGNORED
+    assert not kept.all()  # some places are no token's
+    labels[batch.places[kept]] = batch.labels[kept]
+    expected = net(input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids)).loss
+    wanted = torch.autograd.grad(expected, list(net.parameters()))
+    trainee = Trainee(net, 1e-3, torch.device("cpu"), How(), print)
+    trainee.warm_up(batch)
+    trainee._forward_and_backward()
+    assert trainee.loss == pytest.approx(float(expected.detach()), rel=1e-6)  # cross-entropy in float32
+    for parameter, exact in zip(net.parameters(), wanted, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, exact, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_without_labels_is_zero() -> None:
+    assert masked_loss(torch.randn(3, 5), torch.full((3,), IGNORED)) == 0
+
+
+def test_longer_rows_repeat_the_positions_that_were_trained() -> None:
+    net = HydraForMaskedLM(preset("bert-tiny", vocab_size=200))
+    more = longer(net, 16, 40)
+    table, old = (n.model.embeddings.position_embeddings.weight for n in (more, net))
+    assert table.shape[0] == 40
+    assert torch.equal(table[:16], old[:16])
+    assert torch.equal(table[16:32], old[:16])
+    assert torch.equal(table[32:], old[:8])
+    ids = torch.randint(5, 200, (1, 16))
+    assert torch.equal(more.eval()(ids).logits, net.eval()(ids).logits)
+    plain = HydraForMaskedLM(preset("hydra-tiny", vocab_size=200, hidden_size=32, num_hidden_layers=1, headdim=16))
+    assert longer(plain, 16, 40) is plain
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_both_models_get_the_same_budget() -> None:
+    plan, best = Plan(), {"hydra": 1e-3, "bert": 5e-4}
+    for runs in (rate_runs(plan), token_runs(plan, best, 0), length_runs(plan, best)):
+        halves = [[(r.steps, r.length, r.seed) for r in runs if r.model == model] for model in MODELS]
+        assert halves[0] == halves[1]
+    grid = [[r.rate for r in rate_runs(plan) if r.model == model] for model in MODELS]
+    assert grid[0] == grid[1] == list(plan.rates)
+    assert len({r.name for r in [*rate_runs(plan), *token_runs(plan, best, 0), *length_runs(plan, best)]}) == 16
+
+
+def test_equal_seconds_give_the_faster_model_more_tokens() -> None:
+    plan, best = Plan(tokens=32_768 * 1000), {"hydra": 1e-3, "bert": 5e-4}
+    run = seconds_run(plan, best, 0, {"hydra": 30.0, "bert": 20.0})
+    assert run == Run("seconds", "bert", 0, plan.length, 1500, 5e-4)
+
+
+def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
+    def record(model: str, rate: float, loss: float) -> dict[str, Any]:
+        return {"model": model, "rate": rate, "losses": {"books": loss, "wikitext": 0.0}}
+
+    records = [record(m, r, loss) for m in MODELS for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
+    records.append({"model": "hydra", "rate": 4e-3, "diverged": "by step 1"})
+    assert best_rates(records) == {"hydra": 2e-3, "bert": 2e-3}
+    with pytest.raises(UserError, match="bert must learn at one of the rates"):
+        best_rates([r for r in records if r["model"] == "hydra"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_tokens": 100}, "divide batch_tokens = 100"),
+        ({"tokens": 5}, "tokens must be at least batch_tokens"),
+        ({"mask_rate": 0.0}, "mask_rate must be above 0"),
+        ({"epochs": 3}, "no setting epochs"),
+    ],
+)
+def test_a_wrong_plan_says_so(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Plan.of(given)
+
+
+# ------------------------------------------------------------------------------------------------------------ whole
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Path) -> None:
+    whole = compare(folder, tmp_path / "whole", say=lambda _: None, **TINY, stages=("tokens", "lengths"))
+    killed = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CALL, str(folder), str(killed), json.dumps(TINY | {"stages": ["tokens"]})],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/tokens-hydra-seed-0/checkpoint-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "runs" / "tokens-bert-seed-0.json").exists()
+    again = compare(folder, killed, say=lambda _: None)  # with the settings that it has, and all parts
+    assert again["unfinished"] == []
+    assert {run["name"] for run in whole["runs"]} < {run["name"] for run in again["runs"]}
+    by_name = {run["name"]: run for run in again["runs"]}
+    for run in whole["runs"]:
+        other = by_name[run["name"]]
+        for point, same in zip(run["curve"], other["curve"], strict=True):
+            assert {k: v for k, v in point.items() if k != "seconds"} == {
+                k: v for k, v in same.items() if k != "seconds"
+            }
+        assert run["training"] == other["training"]
+    _check_parts(again, killed)
+
+
+def _check_parts(report: dict[str, Any], out: Path) -> None:
+    stages = {(run["stage"], run["model"]) for run in report["runs"]}
+    assert {(stage, model) for stage in ("rate", "tokens", "length") for model in MODELS} <= stages
+    assert any(stage == "seconds" for stage, _ in stages)
+    tokens = {run["model"]: run for run in report["runs"] if run["name"].startswith("tokens") and run["seed"] == 0}
+    assert tokens["hydra"]["tokens"] == tokens["bert"]["tokens"] == TINY["tokens"]
+    more = next(run for run in report["runs"] if run["stage"] == "seconds")
+    slow = max(run["seconds"] for run in tokens.values())
+    assert more["steps"] == math.floor(12 * slow / tokens[more["model"]]["seconds"])
+    for model in MODELS:
+        assert report["glue"][model]["tasks"]["RTE"]["seeds"] == [0]
+        assert report["glue"][model]["average"]["tasks"] == 1
+        own = [s for s in report["summary"] if s["stage"] == "tokens" and s["model"] == model]
+        assert own[0]["seeds"] == [0, 1]
+        assert own[0]["books_loss"]["spread"] > 0
+    assert json.loads((out / "comparison.json").read_text())["runs"] == report["runs"]
+    assert (out / "comparison_curves.png").stat().st_size > 5000
+    assert (out / "comparison_lengths.png").stat().st_size > 5000
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_a_comparison_without_time_keeps_its_place(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = compare(folder, tmp_path / "none", limit=0, say=said.append, **TINY)
+    assert report["runs"] == []
+    assert "the same command goes on" in said[-2]
+    with pytest.raises(UserError, match="tokens is 768 in the comparison"):
+        compare(folder, tmp_path / "none", limit=0, say=said.append, tokens=640)
+
+
+def test_damaged_data_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing"):
+        compare(tmp_path, tmp_path / "out", limit=0)
