@@ -39,28 +39,28 @@ def chunked(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_
         # Rows read with their neighbour's C, which may lie in the next block: fetched before the sequence is cut.
         block = replace(t, dt=blocks(t.dt), B=blocks(t.B), C=blocks(t.row_C(ids)))
         row, column = log_decays(block)
-        weight, decay, read = _to_and_from_states(block, row, column, docs, batch)
-        state = _scan(_Summarise.apply(xs, block.B, weight), decay, batch, t.upper)
+        weight, decay, read = to_and_from_states(block, row, column, docs, batch)
+        state = _scan(_Summarise.apply(xs, block.B, weight), decay.exp(), batch, t.upper)
         shapes.append((t.upper, t.strict))
         parts += _Parts(block.dt, row, column, block.B, block.C, read, state)
     y = rearrange(_Product.apply(shapes, docs, xs, *parts), "(b c) q h p -> b (c q) h p", b=batch)[:, :length]
     return (y + from_initial(x, triangles, ids)).to(x.dtype)
 
 
-def _to_and_from_states(
+def to_and_from_states(
     t: Triangle, row: Tensor, column: Tensor, ids: Tensor | None, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight of each token in the state that leaves its block (.., Q, H), decay of a state over a block (.., H), and
-    what each row makes of the state that enters (.., Q, H). Zero from one document to another."""
+    """Weight of each token in the state that leaves its block (.., Q, H), log-decay of a state over a block (.., H),
+    and what each row makes of the state that enters (.., Q, H). Zero, its log -inf, from one document to another."""
     end = 0 if t.upper else -1  # the token of a block that its successor meets first
     total = column[:, end]
-    weight, decay, read = t.dt * (total[:, None] - column).exp(), total.exp(), row.exp()
+    weight, decay, read = t.dt * (total[:, None] - column).exp(), total, row.exp()
     if ids is not None:
         leaving = ids[:, end, None]
         entering = t.step(rearrange(leaving + 2, "(b c) 1 -> b c", b=batch)) - 2  # -2 where no block comes before
         entering = rearrange(entering, "b c -> (b c) 1")
         weight = weight * (ids == leaving)[..., None]
-        decay = decay * (entering == leaving)
+        decay = decay.masked_fill(entering != leaving, -torch.inf)
         read = read * (entering == ids)[..., None]
     return weight, decay, read
 

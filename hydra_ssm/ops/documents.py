@@ -102,12 +102,13 @@ def layout(shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | Non
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, shape)
     if mask is not None:
-        order = torch.argsort(~mask, dim=1, stable=True)  # tokens first, each group in its order
-        row = torch.arange(B, device=mask.device)[:, None] * L
-        source, target = row + order, row + torch.argsort(order, dim=1)
-        place = torch.arange(L, device=mask.device)
+        row, place = torch.arange(B, device=mask.device)[:, None] * L, torch.arange(L, device=mask.device)
+        upto, many = mask.cumsum(1), mask.sum(1, keepdim=True)
+        order = torch.where(mask, upto - 1, many + place - upto)  # tokens first, each group in its order
+        source = row + torch.empty_like(order).scatter(1, order, place.expand_as(order))
+        target = row + order
         if cu_seqlens is None:
-            ids = torch.where(place < mask.sum(1, keepdim=True), 0, -1)
+            ids = torch.where(place < many, 0, -1)
             return Layout(Documents(ids), source, target, mask)
         before = torch.cat([mask.new_zeros(1, dtype=torch.long), mask[0].cumsum(0)])
         return Layout(_packed(before[cu_seqlens.long()], L), source, target, mask)

@@ -12,9 +12,10 @@ from . import reference
 from .backend import misplaced, product_misfit, takes_triton
 from .chunked import chunked
 from .documents import Documents
+from .plain import plain
 from .triangle import Triangle
 
-EAGER = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked}
+EAGER = {"recurrent": reference.recurrent, "dense": reference.dense, "chunked": chunked, "plain": plain}
 IMPLEMENTATIONS = (*EAGER, "triton")
 
 
@@ -33,8 +34,8 @@ def semiseparable(
     Args:
         diagonal: (B, L, H), or None for none besides the triangles' own.
         impl: "triton" (kernels, for one triangle, or two of a kind that read opposite ways), "chunked" (O(L), eager),
-            "dense" (O(L^2)) or "recurrent" (O(L) steps, the oracle). None takes "triton" on CUDA where it can, else
-            "chunked".
+            "plain" (the same in operations that can be exported), "dense" (O(L^2)) or "recurrent" (O(L) steps, the
+            oracle). None takes "triton" on CUDA where it can, else "chunked".
 
     Raises:
         ValueError: shapes do not fit, or what impl names cannot take these triangles.

@@ -1,4 +1,4 @@
-"""The three forms of the semiseparable product agree, values and gradients, for every direction, shift and packing."""
+"""All forms of the semiseparable product agree, values and gradients, for every direction, shift and packing."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def agree(x, triangles, documents=None):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 131])
 @pytest.mark.parametrize("strict", [True, False])
-def test_dense_and_chunked_equal_the_recurrence(length, strict):
+def test_dense_chunked_and_plain_equal_the_recurrence(length, strict):
     agree(*problem(length, strict=strict))
 
 
@@ -147,7 +147,7 @@ def test_float32_and_bfloat16_stay_close_to_float64():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fast"}, "impl must be one of recurrent, dense, chunked, triton, got 'fast'"),
+        ({"impl": "fast"}, "impl must be one of recurrent, dense, chunked, plain, triton, got 'fast'"),
         ({"x": (2, 0, 4, 3)}, "none of them 0, got \\(2, 0, 4, 3\\)"),
         ({"x": (2, 7, 4, 3)}, "dt must be \\(2, 7, 4\\) for x \\(2, 7, 4, 3\\), got \\(2, 9, 4\\)"),
         ({"x": (2, 9, 3, 3)}, "the groups of B and C must divide the 3 heads, got 2"),
