@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .matrices import MATRICES
 from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention, check_input
-from .ops import Documents, per_document
+from .ops import Documents, Order, Ordering, make_orders, per_document
 
 MixerSpec = str | Mapping[str, Any]
 FOR_ATTENTION = {"headdim"}
@@ -41,6 +43,51 @@ def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> Mat
     )
 
 
+class Modulation(nn.Linear):
+    """What a condition does to a branch: scale and shift of what it reads, gate of what it adds. Nothing, at first."""
+
+    def __init__(self, d_condition: int, d_model: int) -> None:
+        super().__init__(d_condition, 3 * d_model)
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(  # type: ignore[override]
+        self, condition: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, shift and gate, (B or 1, 1 or L, d_model) each, of conditions (documents, d_condition)."""
+        found = _spread(super().forward(F.silu(condition)), documents)
+        scale, shift, gate = found.chunk(3, dim=-1)
+        return 1 + scale, shift, 1 + gate
+
+
+class DropPath(nn.Module):
+    """In training, drop what a branch adds with probability `rate`, each document on its own, and scale what stays."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, y: Tensor, documents: Documents | None) -> Tensor:
+        """(B, L, D) in and out."""
+        if not self.training or self.rate == 0:
+            return y
+        offsets = None if documents is None else documents.cu_seqlens
+        count = len(y) if offsets is None else len(offsets) - 1
+        kept = (torch.rand(count, 1, device=y.device) >= self.rate).to(y.dtype) / (1 - self.rate)
+        return y * _spread(kept, documents)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+def _spread(t: Tensor, documents: Documents | None) -> Tensor:
+    """t (documents, n) for each token, (B, 1, n) or, where one row holds many documents, (1, L, n)."""
+    return t[documents.ids.clamp(min=0)] if documents is not None and documents.packed else t[:, None]
+
+
 class EncoderLayer(nn.Module):
     """Mixer, then a feed-forward network if `d_ff`; each with a residual and a LayerNorm, after it or before it."""
 
@@ -51,27 +98,69 @@ class EncoderLayer(nn.Module):
         d_ff: int = 0,
         norm: Literal["post", "pre"] = "post",
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        d_condition: int = 0,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        D = mixer.d_model
         self.pre = norm == "pre"
         self.mixer = mixer
-        self.norm = nn.LayerNorm(mixer.d_model, eps=eps)
+        self.norm = nn.LayerNorm(D, eps=eps)
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
+        self.modulation = Modulation(d_condition, D) if d_condition else None
         self.feed_forward = None
         if d_ff:
-            self.feed_forward = nn.Sequential(
-                nn.Linear(mixer.d_model, d_ff), nn.GELU(), nn.Linear(d_ff, mixer.d_model), nn.Dropout(dropout)
-            )
-            self.feed_forward_norm = nn.LayerNorm(mixer.d_model, eps=eps)
+            self.feed_forward = nn.Sequential(nn.Linear(D, d_ff), nn.GELU(), nn.Linear(d_ff, D), nn.Dropout(dropout))
+            self.feed_forward_norm = nn.LayerNorm(D, eps=eps)
+            self.feed_forward_modulation = Modulation(d_condition, D) if d_condition else None
 
-    def forward(self, h: Tensor, documents: Documents | None = None) -> Tensor:
-        """One layer on h (B, L, d_model) in one of the forms of `Documents`."""
-        if self.pre:
-            h = h + self.dropout(self.mixer(self.norm(h), documents=documents))
-            return h if self.feed_forward is None else h + self.feed_forward(self.feed_forward_norm(h))
-        h = self.norm(h + self.dropout(self.mixer(h, documents=documents)))
-        return h if self.feed_forward is None else self.feed_forward_norm(h + self.feed_forward(h))
+    def forward(
+        self,
+        h: Tensor,
+        documents: Documents | None = None,
+        condition: Tensor | None = None,
+        order: Order | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One layer on h (B, L, d_model) in one of the forms of `Documents`.
+
+        Args:
+            condition: (documents, d_condition).
+            order: orders to mix along, whose results are added; then h is in any form, `mask` (B, L) instead of
+                documents tells its tokens, and what comes out elsewhere means nothing.
+        """
+
+        def mix(u: Tensor) -> Tensor:
+            if order is None:
+                return self.dropout(self.mixer(u, documents=documents))
+            return self.dropout(order.restore(self.mixer(order.take(u), None if mask is None else order.take(mask))))
+
+        h = self._branch(h, mix, self.norm, self.modulation, condition, documents)
+        if self.feed_forward is None:
+            return h
+        own = self.feed_forward_norm, self.feed_forward_modulation
+        return self._branch(h, self.feed_forward, *own, condition, documents)
+
+    def _branch(
+        self,
+        h: Tensor,
+        f: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        modulation: nn.Module | None,
+        condition: Tensor | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        """h + f(h), with the norm at its place and f modulated."""
+        u = norm(h) if self.pre else h
+        if modulation is None or condition is None:
+            y = f(u)
+        else:
+            scale, shift, gate = modulation(condition, documents)
+            y = f(u * scale + shift) * gate
+        h = h + self.drop_path(y, documents)
+        return h if self.pre else norm(h)
 
 
 class Encoder(nn.Module):
@@ -82,6 +171,10 @@ class Encoder(nn.Module):
         d_ff: width of the feed-forward networks; 0 for none, as in the paper's models.
         norm: "post" (BERT's and the paper's) or "pre", which adds a last norm.
         dropout: on what each mixer and feed-forward network adds.
+        drop_path: how often, in training, a document goes round a branch of the last layer (stochastic depth); evenly
+            less before, never in the first.
+        d_condition: numbers of a condition, which scales and shifts what each branch reads and scales what it adds (as
+            in FiLM and AdaLN), by a linear layer in each that begins at zero: at first it changes nothing.
         options: arguments of MatrixMixer for all layers.
     """
 
@@ -93,6 +186,8 @@ class Encoder(nn.Module):
         d_ff: int = 0,
         norm: Literal["post", "pre"] = "post",
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        d_condition: int = 0,
         eps: float = 1e-5,
         **options: Any,
     ) -> None:
@@ -103,34 +198,120 @@ class Encoder(nn.Module):
             raise TypeError(f"an encoder has no option {', '.join(sorted(unknown))}")
         if norm not in ("post", "pre"):
             raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
-        self.d_model = d_model
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+        self.d_model, self.d_condition = d_model, d_condition
+        shared: dict[str, Any] = {
+            "d_ff": d_ff,
+            "norm": norm,
+            "dropout": dropout,
+            "d_condition": d_condition,
+            "eps": eps,
+        }
+        rates = [drop_path * i / max(1, len(mixers) - 1) for i in range(len(mixers))]
         self.layers = nn.ModuleList(
-            EncoderLayer(make_mixer(spec, d_model, options), d_ff=d_ff, norm=norm, dropout=dropout, eps=eps)
-            for spec in mixers
+            EncoderLayer(make_mixer(spec, d_model, options), drop_path=rate, **shared)
+            for spec, rate in zip(mixers, rates, strict=True)
         )
         self.last_norm = nn.LayerNorm(d_model, eps=eps) if norm == "pre" else nn.Identity()
         self.gradient_checkpointing = False  # recompute each layer for its gradient: less memory, a third more time
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # transformers sets its own
 
     def forward(
-        self, h: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, *, every_layer: bool = False
+        self,
+        h: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        order: Ordering | Sequence[Ordering] | None = None,
+        condition: Tensor | None = None,
+        every_layer: bool = False,
+        states: Collection[int] | None = None,
     ) -> Tensor:
         """Encode h (B, L, d_model). `mask` and `cu_seqlens` as in MatrixMixer.
 
-        every_layer: return the input and what each layer gives, (B, L, layers + 1, d_model).
+        Args:
+            order: in which order the mixers read the tokens, which come out where they were: a permutation of
+                0 ... L - 1, for all rows (L,) or for each (B, L); or K of them, (K, 1 or B, L), along each of which
+                every mixer mixes, with the same weights, and adds what they give: K times its time, no parameters. A
+                sequence of such: the layers take them in turn. `ops.Order.of(order)` in place of a tensor is checked
+                once, not in each call. None: as they are.
+            condition: (B, d_condition), or with cu_seqlens (documents, d_condition). None: it changes nothing.
+            every_layer: return the input and what each layer gives, (B, L, layers + 1, d_model).
+            states: return these of them alone, (B, L, states, d_model), all before the last norm, in rising order: 0
+                is the input. No layer after the last of them is run.
+
+        Raises:
+            ValueError, TypeError: what is given does not fit together.
         """
         check_input(h, self.d_model)
+        self._check(h, cu_seqlens, order, condition)
+        depth = len(self.layers)
+        kept = set(range(depth + 1)) if every_layer else {depth} if states is None else _numbers(states, depth)
+        orders = [None] * depth if order is None else make_orders(order, (h.shape[0], h.shape[1]), depth)
+        found: list[Tensor] = []
+        for _, group in groupby(range(max(1, *kept)), key=lambda layer: id(orders[layer])):
+            layers = list(group)
+            one = orders[layers[0]]
+            numbers = sorted(
+                {layers[-1] + 1} | kept & {0 if layers[0] == 0 else layers[-1] + 1, *(i + 1 for i in layers)}
+            )
+            run = partial(self._layers, layers, numbers, normed=states is None, condition=condition)
+            if one is not None and one.count > 1:
+                parts = _without_padding(run(_without_padding(h, mask), None, order=one, mask=mask), mask).unbind(2)
+            elif one is not None:
+                rows = per_document(run, one.take(h), None if mask is None else one.take(mask), None)
+                parts = one.restore(rows).unbind(2)
+            else:
+                parts = per_document(run, h, mask, cu_seqlens).unbind(2)
+            found += [part for part, number in zip(parts, numbers, strict=True) if number in kept]
+            h = parts[-1]
+        return torch.stack(found, dim=2) if every_layer or states is not None else h
 
-        def stack(h: Tensor, documents: Documents | None) -> Tensor:
-            states = [h]
-            for layer in self.layers:
-                states.append(self._run(layer, states[-1], documents))
-            states[-1] = self.last_norm(states[-1])
-            return torch.stack(states, dim=2) if every_layer else states[-1]
+    def _layers(
+        self,
+        layers: Sequence[int],
+        numbers: Sequence[int],
+        h: Tensor,
+        documents: Documents | None,
+        *,
+        normed: bool,
+        condition: Tensor | None,
+        order: Order | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """The states of these numbers, (B, L, states, d_model), that consecutive layers make of h (B, L, d_model)."""
+        states = {layers[0]: h}
+        for i in layers:
+            given = states[i], documents, condition, order, mask
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                states[i + 1] = self._gradient_checkpointing_func(self.layers[i], *given)
+            else:
+                states[i + 1] = self.layers[i](*given)
+        if normed and len(self.layers) in states:
+            states[len(self.layers)] = self.last_norm(states[len(self.layers)])
+        return (
+            states[numbers[0]].unsqueeze(2) if len(numbers) == 1 else torch.stack([states[n] for n in numbers], dim=2)
+        )
 
-        return per_document(stack, h, mask, cu_seqlens)
+    def _check(self, h: Tensor, cu_seqlens: Tensor | None, order: object, condition: Tensor | None) -> None:
+        if order is not None and cu_seqlens is not None:
+            raise ValueError("order must come without cu_seqlens: give each document a row, and padding a mask")
+        if condition is None:
+            return
+        if not self.d_condition:
+            raise ValueError("this encoder was made without d_condition and takes no condition")
+        wanted = (len(h) if cu_seqlens is None else len(cu_seqlens) - 1, self.d_condition)
+        if tuple(condition.shape) != wanted:
+            raise ValueError(f"condition must be (documents, d_condition) = {wanted}, got {tuple(condition.shape)}")
 
-    def _run(self, layer: nn.Module, h: Tensor, documents: Documents | None) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(layer, h, documents)
-        return layer(h, documents)
+
+def _numbers(states: Collection[int], depth: int) -> set[int]:
+    wrong = [n for n in states if not 0 <= n <= depth]
+    if wrong or not states:
+        raise ValueError(f"states must be numbers from 0 to {depth}, got {list(states)}")
+    return set(states)
+
+
+def _without_padding(h: Tensor, mask: Tensor | None) -> Tensor:
+    return h if mask is None else Documents(mask.long() - 1).zero_padding(h)

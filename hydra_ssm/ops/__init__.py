@@ -4,16 +4,20 @@ from .block import fused_block
 from .conv import short_conv
 from .documents import Documents, Layout, layout, per_document, rows
 from .norm import gated_rms_norm
+from .orders import Order, Ordering, make_orders
 from .semiseparable import semiseparable
 from .triangle import Triangle
 
 __all__ = [
     "Documents",
     "Layout",
+    "Order",
+    "Ordering",
     "Triangle",
     "fused_block",
     "gated_rms_norm",
     "layout",
+    "make_orders",
     "per_document",
     "rows",
     "semiseparable",

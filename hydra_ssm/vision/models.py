@@ -1,0 +1,339 @@
+"""Hydra-ViT, the paper's form: patches, an encoder of mixers without position embeddings, mean pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..encoder import Encoder, MixerSpec, Modulation
+from ..mixer import MatrixMixer
+from .orders import parse, reading
+
+Pool = Literal["avg", "max", ""]
+POOLS = ("avg", "max", "")
+Size = int | tuple[int, int]
+
+
+def pair(size: Size | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of one number or two."""
+    first, second = (size, size) if isinstance(size, int) else size
+    return int(first), int(second)
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch: pictures (B, C, H, W) to (B, H / patch, W / patch, D)."""
+
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.patch_size = pair(patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, **factory)
+        self.set_input_size(img_size)
+
+    def set_input_size(self, img_size: Size) -> None:
+        """The size that pictures are expected to have."""
+        self.img_size = pair(img_size)
+        if any(n < p or n % p for n, p in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(f"img_size must be a multiple of patch_size = {self.patch_size}, got {self.img_size}")
+        self.grid_size = self.grid(*self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along both axes of a picture."""
+        return height // self.patch_size[0], width // self.patch_size[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, rows, columns, D)."""
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class HydraViT(nn.Module):
+    """Patches, `depth` layers of mixers in place of attention and MLP, one norm, mean pooling, a linear classifier.
+
+    With the defaults the paper's base model. All that timm asks of a model: features, intermediates, checkpointing,
+    groups of layers, a new classifier, another size.
+
+    Args:
+        img_size: of the pictures. With dynamic_img_size they may have any size of whole patches: mixers whose matrices
+            are computed from the tokens extend to it. Fixed ones have a table of places and take this size alone.
+        global_pool: "avg", "max" or "" (no pooling: the classifier sees each token).
+        mixer: for all layers, or a list with one a layer; see `hydra_ssm.encoder.make_mixer`.
+        order: in which the patches are read: "row", "column", "snake", "hilbert"; "row,column" for layers in turn,
+            "row+column" for the sum over both in each layer. See `hydra_ssm.vision.orders`.
+        d_state, headdim, expand, d_conv: of the mixers.
+        mlp_ratio: width of a feed-forward network after each mixer, over embed_dim; 0: none, as in the paper.
+        pos_embed: "none" or "learn", interpolated for other sizes.
+        drop_rate: of the pooled features. pos_drop_rate: of the embedded patches. proj_drop_rate: of what
+            the mixers add.
+        drop_path_rate: of the last layer, see `hydra_ssm.Encoder`.
+        d_condition: numbers of a condition that `forward` takes, such as an embedded class or time step.
+        condition: what becomes of it, "modulation" of each layer or a "token" before the patches.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 224,
+        patch_size: Size = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Pool = "avg",
+        embed_dim: int = 768,
+        depth: int = 24,
+        mixer: MixerSpec | Sequence[MixerSpec] = "hydra",
+        order: str = "row",
+        d_state: int = 64,
+        headdim: int = 64,
+        expand: float = 2,
+        d_conv: int = 7,
+        mlp_ratio: float = 0.0,
+        pos_embed: Literal["none", "learn"] = "none",
+        dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        d_condition: int = 0,
+        condition: Literal["modulation", "token"] = "modulation",
+        norm_eps: float = 1e-6,
+        **mixer_options: Any,
+    ) -> None:
+        super().__init__()
+        mixers = [mixer] * depth if isinstance(mixer, str | dict) else list(mixer)
+        _check(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, ("none", "learn")),
+               condition=(condition, ("modulation", "token")))  # fmt: skip
+        if len(mixers) != depth:
+            raise ValueError(f"mixer must name one, or one for each of depth = {depth} layers, got {len(mixers)}")
+        parse(order)
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.order, self.dynamic_img_size = order, dynamic_img_size
+        self.num_prefix_tokens = int(d_condition > 0 and condition == "token")
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        table = torch.zeros(1, self.patch_embed.num_patches, embed_dim)
+        self.pos_embed = nn.Parameter(table) if pos_embed == "learn" else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.condition_token = nn.Linear(d_condition, embed_dim) if self.num_prefix_tokens else None
+        self.encoder = Encoder(
+            embed_dim, mixers, d_ff=int(mlp_ratio * embed_dim), norm="pre", dropout=proj_drop_rate, eps=norm_eps,
+            drop_path=drop_path_rate, d_condition=0 if self.num_prefix_tokens else d_condition, d_state=d_state,
+            headdim=headdim, expand=expand, d_conv=d_conv,
+            max_length=self.patch_embed.num_patches + self.num_prefix_tokens, **mixer_options,
+        )  # fmt: skip
+        fixed = [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
+        if dynamic_img_size and fixed:
+            raise ValueError(f"dynamic_img_size needs mixers that are computed from the tokens, got a fixed {fixed[0]}")
+        self.feature_info = [
+            {"module": f"encoder.layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.patch_size)}
+            for i in range(depth)
+        ]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, needs_reset: bool = False) -> None:
+        """ViT's initialisation of the linear layers, the mixers' own for the rest.
+
+        needs_reset: draw that rest anew as well, for a model that was made on the meta device.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not isinstance(module, Modulation):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    # ------------------------------------------------------------------------------------------------ the forward pass
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes) of pictures (B, in_chans, H, W), under conditions (B, d_condition)."""
+        return self.forward_head(self.forward_features(x, condition))
+
+    def forward_features(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, tokens, embed_dim) after the last norm, in row-major order, a condition's token first."""
+        h, grid = self._embedded(x, condition)
+        return self._encoded(h, grid, condition)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits, or with pre_logits the pooled features, of what `forward_features` gives."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, embed_dim) of tokens (B, tokens, embed_dim); those of patches alone, all as they are without pooling."""
+        if not self.global_pool:
+            return x
+        x = x[:, self.num_prefix_tokens :]
+        return x.mean(1) if self.global_pool == "avg" else x.amax(1)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+        condition: Tensor | None = None,
+    ) -> Any:
+        """What layers give, as timm's models return it: (final features, [of each]), or the list alone.
+
+        Args:
+            indices: numbers of layers, negative ones from the end; a number n: the last n; None: all.
+            return_prefix_tokens: pairs (features, prefix tokens), where there are such.
+            norm: apply the last norm to each.
+            stop_early: with intermediates_only, do not run what comes after the last of them.
+            output_fmt: "NCHW" (B, embed_dim, rows, columns) or "NLC" (B, patches, embed_dim).
+        """
+        _check(output_fmt=(output_fmt, ("NCHW", "NLC")))
+        depth = len(self.encoder.layers)
+        taken = take_indices(depth, indices)
+        h, grid = self._embedded(x, condition)
+        last = taken[-1] + 1 if stop_early and intermediates_only else depth
+        numbers = sorted({*(i + 1 for i in taken), last})
+        states = self._encoded(h, grid, condition, numbers).unbind(2)
+        found = [state for state, number in zip(states, numbers, strict=True) if number - 1 in taken]
+        shown: list[Any] = [self._shown(self.encoder.last_norm(h) if norm else h, grid, output_fmt) for h in found]
+        if return_prefix_tokens and self.num_prefix_tokens:
+            shown = [(own, h[:, : self.num_prefix_tokens]) for own, h in zip(shown, found, strict=True)]
+        return shown if intermediates_only else (self.encoder.last_norm(states[-1]), shown)
+
+    def _embedded(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, L, D) that go into the encoder, and the patches along both axes."""
+        patches = self.patch_embed
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"pictures must be (batch, {self.in_chans}, height, width), got {tuple(x.shape)}")
+        size = x.shape[2], x.shape[3]
+        if not self.dynamic_img_size and size != patches.img_size:
+            raise ValueError(f"pictures must be of img_size = {patches.img_size}, or dynamic_img_size=True, got {size}")
+        if any(n < p or n % p for n, p in zip(size, patches.patch_size, strict=True)):
+            raise ValueError(f"pictures must be a multiple of patch_size = {patches.patch_size}, got {size}")
+        h = patches(x)
+        grid = h.shape[1], h.shape[2]
+        h = h.flatten(1, 2)
+        if self.pos_embed is not None:
+            h = h + resized(self.pos_embed, patches.grid_size, grid)
+        h = self.pos_drop(h)
+        if self.condition_token is None:
+            return h, grid
+        if condition is None:
+            condition = h.new_zeros(len(h), self.condition_token.in_features)
+        return torch.cat([self.condition_token(condition)[:, None], h], dim=1), grid
+
+    def _encoded(
+        self, h: Tensor, grid: tuple[int, int], condition: Tensor | None, states: Sequence[int] | None = None
+    ) -> Tensor:
+        order = reading(self.order, grid, self.num_prefix_tokens, h.device)
+        own = None if self.num_prefix_tokens else condition
+        return self.encoder(h, order=order, condition=own, states=states)
+
+    def _shown(self, h: Tensor, grid: tuple[int, int], output_fmt: str) -> Tensor:
+        h = h[:, self.num_prefix_tokens :]
+        return h if output_fmt == "NLC" else h.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+
+    # ----------------------------------------------------------------------------------- what else timm asks of a model
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take none: position embeddings, and the mixers' decays, steps and skips."""
+        return undecayed(self) | ({"pos_embed"} if self.pos_embed is not None else set())
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of names by which layer decay groups: stem, each layer, the last norm and the head."""
+        layers = r"^encoder\.layers\.(\d+)"
+        return {
+            "stem": r"^pos_embed|patch_embed|condition_token",
+            "blocks": r"^encoder\.layers" if coarse else [(layers, None), (r"^encoder\.last_norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer for its gradient: less memory, a third more time."""
+        self.encoder.gradient_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, an identity where there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+        """A new classifier, none for 0 classes; another pooling if one is given."""
+        if global_pool is not None:
+            _check(global_pool=(global_pool, POOLS))
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        if num_classes < 1:
+            self.head = nn.Identity()
+            return
+        weight = self.patch_embed.proj.weight
+        self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
+        """Expect pictures of another size. Raises ValueError for fixed mixers, and for another patch size."""
+        before = self.patch_embed.grid_size
+        if patch_size is not None and pair(patch_size) != self.patch_embed.patch_size:
+            raise ValueError(f"patch_size must stay {self.patch_embed.patch_size}, got {patch_size}")
+        if img_size is None:
+            return
+        size = pair(img_size)
+        fixed = [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
+        if fixed and size != self.patch_embed.img_size:
+            raise ValueError(f"fixed mixers take pictures of {self.patch_embed.img_size} alone, got {size}")
+        self.patch_embed.set_input_size(size)
+        if self.pos_embed is not None:
+            resampled = resized(self.pos_embed.detach(), before, self.patch_embed.grid_size)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the layers after the last of these, and the head; returns the numbers of what is asked for."""
+        taken = take_indices(len(self.encoder.layers), indices)
+        self.encoder.layers = self.encoder.layers[: taken[-1] + 1]
+        if prune_norm:
+            self.encoder.last_norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Full names of what the mixers of a model want no weight decay for."""
+    mixers = ((name, m) for name, m in model.named_modules() if isinstance(m, MatrixMixer))
+    return {f"{name}.{own}" for name, mixer in mixers for own in mixer.no_weight_decay()}
+
+
+def take_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Rising numbers of layers below depth: all (None), the last n (n), or these, negative ones from the end."""
+    if isinstance(indices, int):
+        if not 0 < indices <= depth:
+            raise ValueError(f"indices must be at most the {depth} layers, and at least 1, got {indices}")
+        return list(range(depth - indices, depth))
+    found = range(depth) if indices is None else [i + depth if i < 0 else i for i in indices]
+    if not found or any(not 0 <= i < depth for i in found):
+        raise ValueError(f"indices must be numbers of the {depth} layers, got {indices}")
+    return sorted(set(found))
+
+
+def resized(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, patches, D) of a grid, interpolated to another."""
+    if tuple(old) == tuple(new):
+        return pos_embed
+    grid = pos_embed.unflatten(1, old).permute(0, 3, 1, 2)
+    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))  # not every device interpolates in half precision
+    wide = F.interpolate(wide, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
+    return wide.to(pos_embed.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _check(**given: tuple[Any, tuple[str, ...]]) -> None:
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,125 @@
+"""Orders in which the cells of a grid are read: a grid of any number of axes, any of them any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ..ops import Order
+
+Grid = tuple[int, ...]
+
+
+def row(grid: Grid) -> Tensor:
+    """Row-major: the last axis runs fastest."""
+    return _numbered(grid).flatten()
+
+
+def column(grid: Grid) -> Tensor:
+    """Column-major: the first axis runs fastest."""
+    return _numbered(grid).permute(*reversed(range(len(grid)))).flatten()
+
+
+def snake(grid: Grid) -> Tensor:
+    """Row-major, but every other line runs back: what follows in the order is a neighbour in the grid."""
+    cells = _numbered(grid)
+    for axis in reversed(range(1, len(grid))):  # what lies within a step of axis - 1 runs back at every other one
+        odd = torch.arange(grid[axis - 1]) % 2 == 1
+        turned = cells.flip(tuple(range(axis, len(grid))))
+        cells = torch.where(odd.reshape(-1, *(1,) * (len(grid) - axis)), turned, cells)
+    return cells.flatten()
+
+
+def hilbert(grid: Grid) -> Tensor:
+    """Hilbert's curve of the smallest cube of side 2^n that holds the grid, without the cells outside of it.
+
+    Near in the order is near in the grid. In a square or cube of side 2^n each step goes to a neighbour; elsewhere the
+    curve jumps where it comes in again.
+    """
+    bits = max(1, (max(grid) - 1).bit_length())
+    cells = torch.tensor(list(product(*map(range, grid)))).reshape(-1, len(grid))
+    return torch.argsort(_hilbert_number(cells, bits))
+
+
+ORDERS: dict[str, Callable[[Grid], Tensor]] = {"row": row, "column": column, "snake": snake, "hilbert": hilbert}
+_MADE: dict[tuple[str, Grid, int, torch.device], tuple[Order, ...]] = {}
+
+
+def parse(order: str) -> list[list[str]]:
+    """The orders that the layers take in turn, each one or several to be summed: "row,column", "row+column".
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    found = [[name.strip() for name in one.split("+")] for one in order.split(",")]
+    wrong = [name for one in found for name in one if name not in ORDERS]
+    if wrong:
+        raise ValueError(
+            f"order must be of {', '.join(ORDERS)}, joined by + (summed) and by , (layers in turn), got {order!r}"
+        )
+    return found
+
+
+def places(order: str, grid: Grid, prefix: int = 0) -> list[Tensor]:
+    """What the encoder takes for `order`: for each layer in turn, (orders, 1, cells) places of the cells.
+
+    Args:
+        order: see `parse`.
+        grid: cells along each axis, such as (height, width); the tokens stand in row-major order.
+        prefix: tokens before those of the grid, which are read before them.
+    """
+    if not grid or min(grid) < 1:
+        raise ValueError(f"grid must have at least one axis and a cell, got {grid}")
+    first = torch.arange(prefix)
+    return [
+        torch.stack([torch.cat([first, ORDERS[name](grid) + prefix]) for name in names])[:, None]
+        for names in parse(order)
+    ]
+
+
+def reading(
+    order: str, grid: Sequence[int], prefix: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Order, ...] | None:
+    """`places`, checked and on a device, kept for the next call; None for row-major order, in which tokens stand."""
+    if order == "row":
+        return None
+    key = (order, tuple(int(n) for n in grid), prefix, torch.device(device))
+    if torch.compiler.is_compiling():
+        return _MADE.get(key) or tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
+    if key not in _MADE:
+        _MADE[key] = tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
+    return _MADE[key]
+
+
+def _numbered(grid: Grid) -> Tensor:
+    count = 1
+    for n in grid:
+        count *= n
+    return torch.arange(count).reshape(grid)
+
+
+def _hilbert_number(cells: Tensor, bits: int) -> Tensor:
+    """(n,) places on Hilbert's curve of cells (n, axes) of a cube of side 2^bits: Skilling's transform."""
+    x = list(cells.unbind(1))
+    for b in reversed(range(1, bits)):
+        low = (1 << b) - 1
+        for i in range(len(x)):
+            set_ = (x[i] >> b & 1).bool()
+            swapped = (x[0] ^ x[i]) & low
+            x[0], x[i] = (
+                torch.where(set_, x[0] ^ low, x[0] ^ swapped),
+                x[i] if i == 0 else torch.where(set_, x[i], x[i] ^ swapped),
+            )
+    for i in range(1, len(x)):
+        x[i] = x[i] ^ x[i - 1]
+    turn = torch.zeros_like(x[0])
+    for b in reversed(range(1, bits)):
+        turn = torch.where((x[-1] >> b & 1).bool(), turn ^ ((1 << b) - 1), turn)
+    number = torch.zeros_like(x[0])
+    for b in reversed(range(bits)):
+        for axis in x:
+            number = number << 1 | ((axis ^ turn) >> b & 1)
+    return number
