@@ -45,7 +45,7 @@ class Plan:
     batch_tokens: int = 32_768
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     rate_tokens: int = 24_000_000
-    tokens: int = 180_000_000
+    tokens: int = 168_000_000
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[int, ...] = (128, 512, 2048, 8192)
     length_tokens: int = 16_000_000
