@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -248,14 +247,12 @@ class Encoder(nn.Module):
         self._check(h, cu_seqlens, order, condition)
         depth = len(self.layers)
         kept = set(range(depth + 1)) if every_layer else {depth} if states is None else _numbers(states, depth)
-        orders = [None] * depth if order is None else make_orders(order, (h.shape[0], h.shape[1]), depth)
+        orders = [None] if order is None else make_orders(order, (h.shape[0], h.shape[1]))
         found: list[Tensor] = []
-        for _, group in groupby(range(max(1, *kept)), key=lambda layer: id(orders[layer])):
-            layers = list(group)
-            one = orders[layers[0]]
-            numbers = sorted(
-                {layers[-1] + 1} | kept & {0 if layers[0] == 0 else layers[-1] + 1, *(i + 1 for i in layers)}
-            )
+        for layers in _stretches(max(1, *kept), len(orders)):
+            one = orders[layers.start % len(orders)]
+            first = 0 if layers.start == 0 else layers.start + 1  # the input is a state of its own
+            numbers = [n for n in range(first, layers.stop + 1) if n in kept or n == layers.stop]
             run = partial(self._layers, layers, numbers, normed=states is None, condition=condition)
             if one is not None and one.count > 1:
                 parts = _without_padding(run(_without_padding(h, mask), None, order=one, mask=mask), mask).unbind(2)
@@ -270,7 +267,7 @@ class Encoder(nn.Module):
 
     def _layers(
         self,
-        layers: Sequence[int],
+        layers: range,
         numbers: Sequence[int],
         h: Tensor,
         documents: Documents | None,
@@ -281,7 +278,7 @@ class Encoder(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """The states of these numbers, (B, L, states, d_model), that consecutive layers make of h (B, L, d_model)."""
-        states = {layers[0]: h}
+        states = {layers.start: h}
         for i in layers:
             given = states[i], documents, condition, order, mask
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -304,6 +301,11 @@ class Encoder(nn.Module):
         wanted = (len(h) if cu_seqlens is None else len(cu_seqlens) - 1, self.d_condition)
         if tuple(condition.shape) != wanted:
             raise ValueError(f"condition must be (documents, d_condition) = {wanted}, got {tuple(condition.shape)}")
+
+
+def _stretches(layers: int, orders: int) -> list[range]:
+    """Layers that one pass over the batch can take: all, or one by one where they take several orders in turn."""
+    return [range(layers)] if orders == 1 else [range(i, i + 1) for i in range(layers)]
 
 
 def _numbers(states: Collection[int], depth: int) -> set[int]:

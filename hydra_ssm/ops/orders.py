@@ -61,27 +61,21 @@ class Order:
 Ordering = Tensor | Order  # a tensor is what `Order.of` takes
 
 
-def make_orders(order: Ordering | Sequence[Ordering], shape: tuple[int, int], layers: int) -> list[Order]:
-    """The order of each layer, for a (B, L) batch; the same object where it is the same.
-
-    Args:
-        order: for all layers, or several that the layers take in turn.
+def make_orders(order: Ordering | Sequence[Ordering], shape: tuple[int, int]) -> list[Order]:
+    """One order for a (B, L) batch, or several. A tensor is checked in each call, an `Order` once.
 
     Raises:
-        ValueError, TypeError: one is no order of such a batch. A tensor is checked in each call, an `Order` once.
+        ValueError, TypeError: one is no order of such a batch.
     """
     given = [order] if isinstance(order, Tensor | Order) else list(order)
     if not given:
         raise ValueError("order must hold at least one, got none")
-    made: dict[int, Order] = {}
-    for one in given:
-        if id(one) not in made:
-            found = one if isinstance(one, Order) else Order.of(one)
-            _, rows, length = found.places.shape
-            if length != shape[1] or rows not in (1, shape[0]):
-                raise ValueError(f"order must be for (batch, length) = {shape}, got one for {(rows, length)}")
-            made[id(one)] = found
-    return [made[id(given[layer % len(given)])] for layer in range(layers)]
+    found = [one if isinstance(one, Order) else Order.of(one) for one in given]
+    for one in found:
+        _, rows, length = one.places.shape
+        if length != shape[1] or rows not in (1, shape[0]):
+            raise ValueError(f"order must be for (batch, length) = {shape}, got one for {(rows, length)}")
+    return found
 
 
 class _Reorder(torch.autograd.Function):

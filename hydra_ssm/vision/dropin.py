@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..encoder import MixerSpec, make_mixer
 from ..mixer import MatrixMixer
-from .models import Size, pair, undecayed
+from .models import sizes, undecayed
 from .orders import parse, reading
 
 MLP_STEP = 8  # widths of the MLP are multiples of it
@@ -73,8 +73,8 @@ class DropIn(VisionTransformer):
         headdim: int | None = None,
         d_state: int | None = None,
         d_conv: int = 7,
-        img_size: Size = 224,
-        patch_size: Size = 16,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
         embed_dim: int = 768,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
@@ -86,7 +86,7 @@ class DropIn(VisionTransformer):
     ) -> None:
         if len(parse(order)) > 1:
             raise ValueError(f"order must be one for all layers, HydraViT takes several in turn, got {order!r}")
-        (height, width), patch = pair(img_size), pair(patch_size)
+        (height, width), patch = sizes(img_size), sizes(patch_size)
         grid = height // patch[0], width // patch[1]
         prefix = int(class_token) + reg_tokens
         headdim = headdim or (32 if embed_dim < 384 else 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,54 +12,60 @@ from torch.nn import functional as F
 
 from ..encoder import Encoder, MixerSpec, Modulation
 from ..mixer import MatrixMixer
-from .orders import parse, reading
+from .orders import Grid, parse, reading
 
 Pool = Literal["avg", "max", ""]
 POOLS = ("avg", "max", "")
-Size = int | tuple[int, int]
+Size = int | Sequence[int]
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+INTERPOLATIONS = {1: "linear", 2: "bicubic", 3: "trilinear"}
 
 
-def pair(size: Size | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of one number or two."""
-    first, second = (size, size) if isinstance(size, int) else size
-    return int(first), int(second)
+def sizes(size: Size, axes: int = 2) -> tuple[int, ...]:
+    """Along each axis, of one number for all or one for each."""
+    return (size,) * axes if isinstance(size, int) else tuple(int(n) for n in size)
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch: pictures (B, C, H, W) to (B, H / patch, W / patch, D)."""
+    """A linear map of each patch: (B, C, H, W) to (B, H / patch, W / patch, D), and so for one axis or three."""
 
-    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int, **factory: Any) -> None:
+    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.patch_size = pair(patch_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size, **factory)
+        axes = len(sizes(img_size))
+        if axes not in CONVOLUTIONS:
+            raise ValueError(f"img_size must have one to three axes, got {img_size}")
+        self.patch_size = sizes(patch_size, axes)
+        self.proj = CONVOLUTIONS[axes](in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.set_input_size(img_size)
 
     def set_input_size(self, img_size: Size) -> None:
         """The size that pictures are expected to have."""
-        self.img_size = pair(img_size)
-        if any(n < p or n % p for n, p in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size must be a multiple of patch_size = {self.patch_size}, got {self.img_size}")
-        self.grid_size = self.grid(*self.img_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.img_size = sizes(img_size, len(self.patch_size))
+        self.check("img_size", self.img_size)
+        self.grid_size = tuple(n // p for n, p in zip(self.img_size, self.patch_size, strict=True))
+        self.num_patches = math.prod(self.grid_size)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches along both axes of a picture."""
-        return height // self.patch_size[0], width // self.patch_size[1]
+    def check(self, what: str, size: Sequence[int]) -> None:
+        """Raise ValueError unless a size is one of whole patches."""
+        if len(size) != len(self.patch_size) or any(n < p or n % p for n, p in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"{what} must be a multiple of patch_size = {self.patch_size}, got {tuple(size)}")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, rows, columns, D)."""
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(x).movedim(1, -1)
 
 
 class HydraViT(nn.Module):
     """Patches, `depth` layers of mixers in place of attention and MLP, one norm, mean pooling, a linear classifier.
 
     With the defaults the paper's base model. All that timm asks of a model: features, intermediates, checkpointing,
-    groups of layers, a new classifier, another size.
+    groups of layers, a new classifier, another size. Pictures may have one axis, as audio and time series, or three, as
+    volumes and films: all sizes then have as many numbers.
 
     Args:
-        img_size: of the pictures. With dynamic_img_size they may have any size of whole patches: mixers whose matrices
-            are computed from the tokens extend to it. Fixed ones have a table of places and take this size alone.
+        img_size: of the pictures, one number for a square or one for each axis. With dynamic_img_size they may have any
+            size of whole patches: mixers whose matrices are computed from the tokens extend to it. Fixed ones have a
+            table of places and take this size alone.
         global_pool: "avg", "max" or "" (no pooling: the classifier sees each token).
         mixer: for all layers, or a list with one a layer; see `hydra_ssm.encoder.make_mixer`.
         order: in which the patches are read: "row", "column", "snake", "hilbert"; "row,column" for layers in turn,
@@ -192,7 +199,8 @@ class HydraViT(nn.Module):
             return_prefix_tokens: pairs (features, prefix tokens), where there are such.
             norm: apply the last norm to each.
             stop_early: with intermediates_only, do not run what comes after the last of them.
-            output_fmt: "NCHW" (B, embed_dim, rows, columns) or "NLC" (B, patches, embed_dim).
+            output_fmt: "NCHW" (B, embed_dim, rows, columns), with other axes where the pictures have them, or "NLC"
+                (B, patches, embed_dim).
         """
         _check(output_fmt=(output_fmt, ("NCHW", "NLC")))
         depth = len(self.encoder.layers)
@@ -207,19 +215,21 @@ class HydraViT(nn.Module):
             shown = [(own, h[:, : self.num_prefix_tokens]) for own, h in zip(shown, found, strict=True)]
         return shown if intermediates_only else (self.encoder.last_norm(states[-1]), shown)
 
-    def _embedded(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, L, D) that go into the encoder, and the patches along both axes."""
+    def _embedded(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Grid]:
+        """Tokens (B, L, D) that go into the encoder, and the patches along each axis."""
         patches = self.patch_embed
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"pictures must be (batch, {self.in_chans}, height, width), got {tuple(x.shape)}")
-        size = x.shape[2], x.shape[3]
+        size = tuple(x.shape[2:])
+        if x.ndim != 2 + len(patches.patch_size) or x.shape[1] != self.in_chans:
+            axes = ", ".join(
+                ["height", "width"] if len(patches.patch_size) == 2 else ["size"] * len(patches.patch_size)
+            )
+            raise ValueError(f"pictures must be (batch, {self.in_chans}, {axes}), got {tuple(x.shape)}")
         if not self.dynamic_img_size and size != patches.img_size:
             raise ValueError(f"pictures must be of img_size = {patches.img_size}, or dynamic_img_size=True, got {size}")
-        if any(n < p or n % p for n, p in zip(size, patches.patch_size, strict=True)):
-            raise ValueError(f"pictures must be a multiple of patch_size = {patches.patch_size}, got {size}")
+        patches.check("pictures", size)
         h = patches(x)
-        grid = h.shape[1], h.shape[2]
-        h = h.flatten(1, 2)
+        grid = tuple(h.shape[1:-1])
+        h = h.flatten(1, -2)
         if self.pos_embed is not None:
             h = h + resized(self.pos_embed, patches.grid_size, grid)
         h = self.pos_drop(h)
@@ -229,16 +239,14 @@ class HydraViT(nn.Module):
             condition = h.new_zeros(len(h), self.condition_token.in_features)
         return torch.cat([self.condition_token(condition)[:, None], h], dim=1), grid
 
-    def _encoded(
-        self, h: Tensor, grid: tuple[int, int], condition: Tensor | None, states: Sequence[int] | None = None
-    ) -> Tensor:
+    def _encoded(self, h: Tensor, grid: Grid, condition: Tensor | None, states: Sequence[int] | None = None) -> Tensor:
         order = reading(self.order, grid, self.num_prefix_tokens, h.device)
         own = None if self.num_prefix_tokens else condition
         return self.encoder(h, order=order, condition=own, states=states)
 
-    def _shown(self, h: Tensor, grid: tuple[int, int], output_fmt: str) -> Tensor:
+    def _shown(self, h: Tensor, grid: Grid, output_fmt: str) -> Tensor:
         h = h[:, self.num_prefix_tokens :]
-        return h if output_fmt == "NLC" else h.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
+        return h if output_fmt == "NLC" else h.unflatten(1, grid).movedim(-1, 1).contiguous()
 
     # ----------------------------------------------------------------------------------- what else timm asks of a model
 
@@ -279,11 +287,12 @@ class HydraViT(nn.Module):
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Expect pictures of another size. Raises ValueError for fixed mixers, and for another patch size."""
         before = self.patch_embed.grid_size
-        if patch_size is not None and pair(patch_size) != self.patch_embed.patch_size:
+        axes = len(before)
+        if patch_size is not None and sizes(patch_size, axes) != self.patch_embed.patch_size:
             raise ValueError(f"patch_size must stay {self.patch_embed.patch_size}, got {patch_size}")
         if img_size is None:
             return
-        size = pair(img_size)
+        size = sizes(img_size, axes)
         fixed = [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
         if fixed and size != self.patch_embed.img_size:
             raise ValueError(f"fixed mixers take pictures of {self.patch_embed.img_size} alone, got {size}")
@@ -323,14 +332,15 @@ def take_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:
     return sorted(set(found))
 
 
-def resized(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resized(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
     """Position embeddings (1, patches, D) of a grid, interpolated to another."""
     if tuple(old) == tuple(new):
         return pos_embed
-    grid = pos_embed.unflatten(1, old).permute(0, 3, 1, 2)
+    grid = pos_embed.unflatten(1, old).movedim(-1, 1)
     wide = grid.to(torch.promote_types(grid.dtype, torch.float32))  # not every device interpolates in half precision
-    wide = F.interpolate(wide, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
-    return wide.to(pos_embed.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+    mode, flat = INTERPOLATIONS[len(new)], len(new) == 2
+    wide = F.interpolate(wide, size=tuple(new), mode=mode, antialias=flat, align_corners=False)
+    return wide.to(pos_embed.dtype).flatten(2).mT
 
 
 def _check(**given: tuple[Any, tuple[str, ...]]) -> None:

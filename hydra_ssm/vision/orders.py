@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops import Order
 
 Grid = tuple[int, ...]
+Step = tuple[int, int]
 
 
 def row(grid: Grid) -> Tensor:
@@ -34,11 +35,17 @@ def snake(grid: Grid) -> Tensor:
 
 
 def hilbert(grid: Grid) -> Tensor:
-    """Hilbert's curve of the smallest cube of side 2^n that holds the grid, without the cells outside of it.
+    """Hilbert's curve: what is near in the order is near in the grid, along every axis.
 
-    Near in the order is near in the grid. In a square or cube of side 2^n each step goes to a neighbour; elsewhere the
-    curve jumps where it comes in again.
+    Two axes: a curve for any rectangle. Each step goes to a neighbour, but for one to a diagonal one where the longer
+    side is odd and the shorter one even. More axes: the curve of the smallest cube of side 2^n that holds the grid,
+    without the cells outside of it, so that it jumps where the grid is not that cube.
     """
+    if len(grid) == 2:
+        h, w = grid
+        long, short = ((0, w), (h, 0)) if w >= h else ((h, 0), (0, w))
+        cells = torch.tensor(list(_curve((0, 0), long, short)))
+        return cells[:, 0] * w + cells[:, 1]
     bits = max(1, (max(grid) - 1).bit_length())
     cells = torch.tensor(list(product(*map(range, grid)))).reshape(-1, len(grid))
     return torch.argsort(_hilbert_number(cells, bits))
@@ -101,18 +108,55 @@ def _numbered(grid: Grid) -> Tensor:
     return torch.arange(count).reshape(grid)
 
 
+def _curve(at: Step, along: Step, across: Step) -> Iterator[Step]:
+    """Cells of the rectangle that two vectors along the axes span from a corner, from there to the end of `along`.
+
+    A long one is halved. Else three parts: up a half of `across`, along all of the upper half, and down again.
+    """
+    width, height = abs(sum(along)), abs(sum(across))
+    to_right, up = _unit(along), _unit(across)
+    if height == 1 or width == 1:
+        for n in range(width * height):
+            yield _plus(at, to_right if height == 1 else up, n)
+        return
+    half, rise = _half(along), _half(across)
+    if 2 * width > 3 * height:
+        if abs(sum(half)) % 2 and width > 2:
+            half = _plus(half, to_right)
+        yield from _curve(at, half, across)
+        yield from _curve(_plus(at, half), _plus(along, half, -1), across)
+        return
+    if abs(sum(rise)) % 2 and height > 2:
+        rise = _plus(rise, up)
+    yield from _curve(at, rise, half)
+    yield from _curve(_plus(at, rise), along, _plus(across, rise, -1))
+    end = _plus(_plus(_plus(at, along), to_right, -1), _plus(rise, up, -1))
+    yield from _curve(end, _plus((0, 0), rise, -1), _plus(half, along, -1))
+
+
+def _plus(first: Step, second: Step, times: int = 1) -> Step:
+    return first[0] + times * second[0], first[1] + times * second[1]
+
+
+def _half(step: Step) -> Step:
+    return int(step[0] / 2), int(step[1] / 2)
+
+
+def _unit(step: Step) -> Step:
+    return (step[0] > 0) - (step[0] < 0), (step[1] > 0) - (step[1] < 0)
+
+
 def _hilbert_number(cells: Tensor, bits: int) -> Tensor:
     """(n,) places on Hilbert's curve of cells (n, axes) of a cube of side 2^bits: Skilling's transform."""
     x = list(cells.unbind(1))
     for b in reversed(range(1, bits)):
         low = (1 << b) - 1
         for i in range(len(x)):
-            set_ = (x[i] >> b & 1).bool()
-            swapped = (x[0] ^ x[i]) & low
-            x[0], x[i] = (
-                torch.where(set_, x[0] ^ low, x[0] ^ swapped),
-                x[i] if i == 0 else torch.where(set_, x[i], x[i] ^ swapped),
-            )
+            on = (x[i] >> b & 1).bool()
+            exchanged = (x[0] ^ x[i]) & low
+            x[0] = torch.where(on, x[0] ^ low, x[0] ^ exchanged)
+            if i:
+                x[i] = torch.where(on, x[i], x[i] ^ exchanged)
     for i in range(1, len(x)):
         x[i] = x[i] ^ x[i - 1]
     turn = torch.zeros_like(x[0])
