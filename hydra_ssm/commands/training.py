@@ -48,8 +48,22 @@ class Settings:
     """Steps between checkpoints."""
     evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fifth)")] = None
     """Steps between evaluations."""
+    tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by --steps)")] = None
+    """Instead of --steps: train until so many tokens were read."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
-    """Of the weights, the order of the rows and the masks."""
+    """Of the weights, the order of the rows, the masks and the dropout."""
+    precision: Annotated[Literal["auto", "bf16", "fp32"] | None, arg(help_behavior_hint="(default: auto)")] = None
+    """Of matrix products. auto: bf16 on GPUs that have it."""
+    sharding: Annotated[Literal["ddp", "fsdp2"] | None, arg(help_behavior_hint="(default: ddp)")] = None
+    """Of several processes. ddp: each holds the whole model; fsdp2: a part, for models too large for one GPU."""
+    compile: bool = False
+    """Compile each layer by torch.compile: a minute at the start, faster steps."""
+    activation_checkpointing: bool = False
+    """Compute each layer twice instead of keeping what its gradient needs: less memory, a third more time."""
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...] | None, arg(help_behavior_hint="(default: tensorboard)")
+    ] = None
+    """Where the numbers go besides the terminal. W&B heeds its own variables, such as WANDB_MODE=offline."""
 
 
 def pretrain(
@@ -70,6 +84,11 @@ def pretrain(
         hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
         hydra-ssm pretrain shards/ --preset hydra-base
         hydra-ssm pretrain --out runs/mine --resume
+        torchrun --nproc-per-node 8 --no-python hydra-ssm pretrain shards/ --preset hydra-base --out runs/base
+        torchrun --nproc-per-node 2 --no-python hydra-ssm pretrain --out runs/base --resume --accumulate 4
+
+    Under torchrun or accelerate launch, a step has the same rows, masks and loss whatever the number of processes, and
+    a run may go on with another one; docs/training.md has the details.
 
     Args:
         sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), the name of one on the
@@ -77,27 +96,34 @@ def pretrain(
             a length and held-out rows of its own. None: the language reference that Python carries.
         preset: A size of model: hydra-tiny, bert-tiny, hydra-base, bert-base, ...
         out: The folder of the run: model, tokenizer, model card, and what is needed to resume.
-        resume: Go on with the run in --out from its newest checkpoint; its settings are known.
+        resume: Go on with the run in --out from its newest checkpoint; its settings are known. Of them, --accumulate,
+            --sharding, --compile, --activation-checkpointing, --report-to and --save-every may change.
         overwrite: Start again where there is a run.
     """
     for package in ("accelerate", "matplotlib", "rich", "tensorboard"):  # missing at the start of a run, not at its end
         require(package, extra="train")
     from ..train.data.shards import settings_of
+    from ..train.distributed import is_first, restarted
     from ..train.errors import UserError
+    from ..train.folder import RunFolder
     from ..train.pretrain import Recipe, example
     from ..train.pretrain import pretrain as start
     from ..train.pretrain import resume as go_on
 
-    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    given = {name: value for name, value in asdict(settings).items() if value not in (None, False)}
     given |= {"sources": sources} if sources else {}
     out = out or Path("runs") / (preset or "hydra-tiny")
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
-    if resume:
+    if restarted() and RunFolder(out).exists():  # the launcher repeats the command after a process has died
+        recipe, score = go_on(out)
+    elif resume:
         recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
     else:
         recipe = Recipe.of(preset or "hydra-tiny", **settings_of(sources) | given)
         score = start(recipe, out, overwrite=overwrite)
+    if not is_first():
+        return
     if score is None:
         print(f"the run in {out} has ended already")
     else:

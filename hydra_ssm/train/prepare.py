@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text import HydraConfig, preset
 from ..text.collators import MaskedLMCollator
 from ..text.tokenizer import load_tokenizer, train_tokenizer
-from .baseline import token_counts, unigram
+from .baseline import Score, token_counts, unigram
 from .checkpoints import MANIFEST
 from .data.shards import ShardRows, TokenSequence, is_shards, sha256, verify
 from .errors import UserError
@@ -95,14 +95,15 @@ def _check_rows(
     check_known(rows.tokens, tokenizer)
 
 
-def _open_rows(folder: Path) -> dict[str, PackedRows | ShardRows]:
-    """Of both splits. Raises UserError where shards have changed since the run began."""
+def _open_rows(folder: Path, check: bool) -> dict[str, PackedRows | ShardRows]:
+    """Of both splits. Raises UserError where shards have changed since the run began; without `check` nobody looks."""
     names = ("train", "held_out")
     if not (folder / SHARDS).exists():
         return {name: PackedRows(folder / name) for name in names}
     facts = json.loads((folder / SHARDS).read_text(encoding="utf-8"))
     shards = Path(facts["folder"])
-    verify(shards)
+    if check:
+        verify(shards)
     if sha256(shards / MANIFEST) != facts["manifest"]:
         raise UserError(f"{shards} must be the shards that the run began with, they were prepared anew since")
     return {name: PackedRows(folder / name) if (folder / name).exists() else ShardRows(shards, name) for name in names}
@@ -123,18 +124,21 @@ def check_known(tokens: NDArray[np.integer] | TokenSequence, tokenizer: PreTrain
 
 
 class Prepared:
-    """What `prepare` wrote and what follows from it: all that a run of the recipe reads."""
+    """What `prepare` wrote and what follows from it: all that a run of the recipe reads.
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    baseline: what another process has found, once it had read and checked everything: that need not be done again.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, baseline: Score | None = None) -> None:
         self.recipe = recipe
         self.config = HydraConfig.from_pretrained(folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / "tokenizer")
-        found = _open_rows(folder)
+        found = _open_rows(folder, check=baseline is None)
         self.train_rows, self.held_out_rows = found["train"], found["held_out"]
         rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
         self.training = rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)
         self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
-        self.baseline = unigram(self.train_rows.tokens, *self.evaluation)
+        self.baseline = baseline or unigram(self.train_rows.tokens, *self.evaluation)
 
 
 def _config(recipe: Recipe) -> HydraConfig:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
 from transformers import TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from ..text import HydraForMaskedLM
 from ..text.messages import quiet
 from .baseline import Score
 from .checkpoints import newest_whole, remove_unfinished
+from .distributed import Team
 from .errors import Stopped, UserError
 from .folder import RunFolder
 from .prepare import Prepared, prepare
 from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
+from .reporters import check_installed, reporting
 from .trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
@@ -33,76 +33,119 @@ DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
 def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
     """Train a masked language model and leave it in the folder `out`. Returns its held-out score.
 
+    Under torchrun or accelerate launch, all processes call it and train together; the first one writes and speaks.
+
     overwrite: a run that is there already is removed, once the new one has read its text.
 
     Raises:
         UserError: a mistake of the user's, training that diverges, or a full disk; what was saved before is intact.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    folder = RunFolder(out)
-    folder.check_free(overwrite)
-    console = Console()
-    with console.status("reading the text"), quiet(), folder.begin(overwrite) as part:
-        prepare(recipe, part)
-    return Run(folder, console).train()
+    team, folder = Team.join(), RunFolder(out)
+
+    def begin() -> None:
+        check_installed(recipe.report_to)
+        folder.check_free(overwrite)
+        with Console().status("reading the text"), quiet(), folder.begin(overwrite) as part:
+            prepare(recipe, part)
+
+    with team.talking():
+        team.first_does(begin)
+        score = Run(folder, _console(team), team).train()
+    team.leave()
+    return score
 
 
 def resume(out: Path, given: Mapping[str, Any] | None = None) -> tuple[Recipe, Score | None]:
     """Go on with the run in `out` from its newest whole checkpoint: its recipe, and its score or None if it has ended.
 
     On a CPU the result is what it would have been without the interruption, to the last bit, given the same number of
-    threads.
+    threads and of processes; with another number of processes it differs by the rounding of sums.
 
     Args:
-        given: settings that the run must have, by name.
+        given: settings that the run must have, by name; those that say how a run is computed may be other ones.
 
     Raises:
         UserError: there is no run, it has other settings, or its data has changed; or a full disk.
         Stopped: as in `pretrain`.
     """
-    folder = RunFolder(out)
-    recipe = folder.read_recipe()
-    recorded = asdict(recipe)
-    for name, value in (given or {}).items():
-        if recorded[name] != value:
-            raise UserError(f"{name} is {recorded[name]} in the run that goes on in {out}, got {value}")
-    if folder.result():
-        return recipe, None
-    folder.check_prepared()
-    return recipe, Run(folder, Console()).train()
+    team, folder = Team.join(), RunFolder(out)
+
+    def begin() -> tuple[Recipe, bool]:
+        recipe = folder.read_recipe().going_on(given or {}, out)
+        check_installed(recipe.report_to)
+        ended = bool(folder.result())
+        if not ended:
+            folder.check_prepared()
+        return recipe, ended
+
+    with team.talking():
+        recipe, ended = team.first_does(begin)
+        score = None if ended else Run(folder, _console(team), team, recipe).train()
+    team.leave()
+    return recipe, score
+
+
+def _console(team: Team) -> Console:
+    return Console() if team.first else Console(quiet=True)
 
 
 class Run:
-    """A prepared run: what is read from its folder, and the way to its result."""
+    """A prepared run: what is read from its folder, and the way to its result.
 
-    def __init__(self, folder: RunFolder, console: Console) -> None:
-        self.folder, self.console = folder, console
-        self.recipe = folder.read_recipe()
-        self.data = Prepared(self.recipe, folder.training)
-        self.baseline = self.data.baseline
+    recipe: how it goes on, where that is not as it began.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        console: Console,
+        team: Team = Team(),  # noqa: B008 - a value
+        recipe: Recipe | None = None,
+    ) -> None:
+        self.folder, self.console, self.team = folder, console, team
+        self.recipe = team.each_does(lambda: recipe or self._read_recipe())
+        baseline = team.first_does(lambda: Prepared(self.recipe, folder.training).baseline)
+        self.data = team.each_does(lambda: Prepared(self.recipe, folder.training, baseline))
+        self.baseline = baseline
+
+    def _read_recipe(self) -> Recipe:
+        if not self.folder.exists():
+            raise UserError(f"{self.folder.path} must be on a disk that all machines see, it is not here")
+        return self.folder.read_recipe()
 
     def train(self) -> Score:
         """From the newest whole checkpoint, or the start, to the end."""
-        for folder in (self.folder.path, self.folder.training, self.folder.checkpoints):
-            remove_unfinished(folder)
-        with quiet(), ProgressBar(self.console, self.baseline) as bar, StopOnSignal() as stop:
-            checkpoint = newest_whole(self.folder.checkpoints)
-            done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-            logs = SummaryWriter(self.folder.tensorboard, purge_step=done + 1)  # what comes now takes their place
-            trainer = self._trainer([bar, stop, TensorBoardCallback(logs)])
+        with (
+            quiet(),
+            ProgressBar(self.console, self.baseline) as bar,
+            StopOnSignal(self.team) as stop,
+            reporting(self.recipe.report_to if self.team.first else (), self.folder, self.recipe) as report,
+        ):
+            checkpoint = self.team.first_does(self._newest)
+            trainer = self._trainer([*([bar] if self.team.first else []), stop, *report(checkpoint)])
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if step < self.recipe.steps:
                 assert stop.received is not None
                 raise Stopped(step, self.recipe.steps, stop.received, self.folder.path)
         score = self._score(trainer.state.log_history)
-        with quiet(), self.folder.finish() as part:
-            trainer.net.save_pretrained(part)
-            self.data.tokenizer.save_pretrained(part)
-            write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
+        weights = trainer.whole_model()
+        self.team.first_does(lambda: self._finish(trainer, weights, score))
         if not score.loss < self.baseline.loss:
             warnings.warn("the model knows no more than word frequencies: it needs more text or steps", stacklevel=2)
         return score
+
+    def _newest(self) -> Path | None:
+        for folder in (self.folder.path, self.folder.training, self.folder.checkpoints):
+            remove_unfinished(folder)
+        return newest_whole(self.folder.checkpoints)
+
+    def _finish(self, trainer: MaskedLMTrainer, weights: dict[str, Tensor] | None, score: Score) -> None:
+        with quiet(), self.folder.finish() as part:
+            trainer.net.save_pretrained(part, state_dict=weights)
+            self.data.tokenizer.save_pretrained(part)
+            write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
 
     def _score(self, history: list[dict[str, float]]) -> Score:
         """Of the evaluation after the last step."""
@@ -116,6 +159,8 @@ class Run:
             arguments(self.recipe, self.folder.checkpoints),
             self.data.training,
             self.data.evaluation,
+            team=self.team,
+            recipe=self.recipe,
             processing_class=self.data.tokenizer,
             callbacks=[*callbacks, EvaluateAtTheEnd()],
         )
@@ -135,6 +180,7 @@ class Run:
             "passes": recipe.steps * recipe.batch_size / len(data.train_rows),
             "vocabulary": len(data.tokenizer),
             "parameters": trainer.net.num_parameters(),
+            "processes": self.team.size,
             "example": example(recipe),
         }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -11,10 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .baseline import Score
+from .distributed import Team
 
 
 class ProgressBar(TrainerCallback):
-    """Steps, loss, masked accuracy, tokens per second and time left; a line for each evaluation.
+    """Steps, loss, masked accuracy, tokens per second, utilisation and time left; a line for each evaluation.
 
     Where the output is no terminal, a line every tenth of the run instead of a bar.
     """
@@ -40,6 +43,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers="")
         self.bar.start()
+        self.first, self.began = state.global_step, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
@@ -59,17 +63,36 @@ class ProgressBar(TrainerCallback):
             f"loss {logs['loss']:.3f}  masked acc. {logs['masked_accuracy']:.1%}  "
             f"{logs['tokens_per_second']:,.0f} tokens/s"
         )  # with the rest of the bar, 80 columns
+        if "model_flop_utilisation" in logs:
+            numbers += f"  MFU {logs['model_flop_utilisation']:.1%}"
         self.bar.update(self.task, numbers=numbers)
         tenth = 10 * state.global_step // state.max_steps
         if self.bar.disable and tenth > self.said:
             self.said = tenth
-            self.console.print(f"step {state.global_step}/{state.max_steps}: {numbers}", soft_wrap=True)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}: {numbers}{self._left(state)}", soft_wrap=True
+            )
+
+    def _left(self, state: TrainerState) -> str:
+        """The time that the remaining steps take, at the pace of this attempt."""
+        done, left = state.global_step - self.first, state.max_steps - state.global_step
+        if not done or not left:
+            return ""
+        seconds = (time.monotonic() - self.began) / done * left
+        return f"  {timedelta(seconds=round(seconds))} left"
 
 
 class StopOnSignal(TrainerCallback):
-    """The first SIGINT or SIGTERM saves a checkpoint after the current step and stops; the second does what it did."""
+    """The first SIGINT or SIGTERM saves a checkpoint after the current step and stops; the second does what it did.
+
+    One that comes to any process of a team stops all of them after the same step. There a second signal does nothing:
+    launchers pass on what a terminal or a scheduler sends to all, and kill processes that do not end in time.
+    """
 
     received: int | None = None
+
+    def __init__(self, team: Team = Team()) -> None:  # noqa: B008 - a value
+        self.team = team
 
     def __enter__(self) -> StopOnSignal:
         self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -77,12 +100,15 @@ class StopOnSignal(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received and self.team.size > 1 else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        self.__exit__()
+        if self.team.size == 1:
+            self.__exit__()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received:
+        number = self.team.most(self.received or 0)
+        if number:
+            self.received = number
             control.should_save = control.should_training_stop = True

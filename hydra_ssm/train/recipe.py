@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from .errors import UserError
@@ -19,6 +20,14 @@ SMALL = {
     "weight_decay": 0.01,
 }
 MOST = 2**32 - 1  # of NumPy's seeds; no other number comes near
+CHOICES = {
+    "sharding": ("ddp", "fsdp2"),
+    "precision": ("auto", "bf16", "fp32"),
+    "report_to": ("tensorboard", "wandb"),
+}
+# How a run is computed and watched, not what: a run may go on with other ones.
+HOW = ("accumulate", "sharding", "compile", "activation_checkpointing", "report_to", "save_every")
+SEVERAL = ("sources", "held_out", "report_to")
 BY_PRESET: dict[str, dict[str, Any]] = {"hydra-tiny": SMALL, "bert-tiny": SMALL}
 
 
@@ -36,6 +45,11 @@ class Recipe:
         weight_decay: torch's, which the learning rate multiplies; the paper's is decoupled, 1e-5 a step.
         mask_rate: of the tokens in training; evaluation hides 0.15.
         save_every, evaluate_every: steps.
+        sharding: of several processes: ddp, each holds the whole model; fsdp2, each holds a part of it.
+        precision: of the matrix products: bf16, fp32, or auto, which is bf16 where a GPU computes with it.
+        compile: each layer, by torch.compile.
+        activation_checkpointing: compute each layer once more for its gradient instead of keeping what it needs.
+        report_to: tensorboard, wandb, both or none.
 
     Raises:
         UserError: a setting out of its range.
@@ -57,11 +71,21 @@ class Recipe:
     save_every: int = 1000
     evaluate_every: int = 1000
     seed: int = 0
+    sharding: str = "ddp"
+    precision: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    report_to: tuple[str, ...] = ("tensorboard",)
 
     @classmethod
-    def of(cls, preset: str, **given: Any) -> Self:
-        """The recipe of a preset, with what is given in place of its numbers."""
+    def of(cls, preset: str, *, tokens: int | None = None, **given: Any) -> Self:
+        """The recipe of a preset, with what is given in place of its numbers.
+
+        tokens: train until at least so many were read, in full rows; instead of steps.
+        """
         settings = {**BY_PRESET.get(preset, {}), **given}
+        if tokens is not None:
+            settings["steps"] = _steps(cls, tokens, settings, "steps" in given)
         steps = settings.get("steps", cls.steps)
         return cls(preset, **{"save_every": max(1, steps // 10), "evaluate_every": max(1, steps // 5), **settings})
 
@@ -77,8 +101,20 @@ class Recipe:
                 raise UserError(f"{field.name} must be a finite number and not negative, got {value}")
         if not 0 < self.mask_rate <= 1:
             raise UserError(f"mask_rate must be above 0 and at most 1, got {self.mask_rate}")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            for one in value if name in SEVERAL else (value,):
+                if one not in choices:
+                    raise UserError(f"{name} must be one of {', '.join(choices)}, got {one}")
         if self.batch_size % self.accumulate:
             raise UserError(f"accumulate must divide batch_size = {self.batch_size}, got {self.accumulate}")
+
+    def going_on(self, given: Mapping[str, Any], out: object) -> Self:
+        """The recipe with what is given, for the run in `out`. Raises UserError where that would change its result."""
+        for name, value in given.items():
+            if name not in HOW and getattr(self, name) != value:
+                raise UserError(f"{name} is {getattr(self, name)} in the run that goes on in {out}, got {value}")
+        return replace(self, **given)
 
     def to_json(self) -> str:
         """All settings."""
@@ -89,6 +125,15 @@ class Recipe:
         """The inverse of `to_json`. Raises ValueError for anything else."""
         try:
             found: dict[str, Any] = json.loads(text)
-            return cls(**found | {name: tuple(found[name]) for name in ("sources", "held_out")})
+            return cls(**found | {name: tuple(found[name]) for name in SEVERAL if name in found})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from None
+
+
+def _steps(recipe: type[Recipe], tokens: int, settings: Mapping[str, Any], given: bool) -> int:
+    if given:
+        raise UserError("steps and tokens both say how long to train: give one of them")
+    if tokens < 1:
+        raise UserError(f"tokens must be at least 1, got {tokens}")
+    size = {name: int(settings.get(name, getattr(recipe, name))) for name in ("batch_size", "length")}
+    return -(-tokens // max(1, size["batch_size"] * size["length"]))
