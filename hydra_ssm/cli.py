@@ -27,6 +27,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention
   ablate       compare the matrix classes: train a model of each, alike in all else
+  compare      compare Hydra with BERT: the same tokens, the same seconds, GLUE, longer rows
   glue         fine-tune a model on GLUE's tasks, and show the paper's table
   finetune     fine-tune a model on your own table: classes, pairs, numbers or tags
 

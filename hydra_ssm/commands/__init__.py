@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .comparing import compare, compare_prepare
 from .measuring import ablate, bench
 from .models import convert, embed, fill_mask, inspect
 from .training import data_prepare, pretrain
@@ -17,6 +18,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "bench": bench,
     "ablate": ablate,
+    "compare": compare,
+    "compare prepare": compare_prepare,
     "data prepare": data_prepare,
     "glue": glue,
     "finetune": finetune,

@@ -1,5 +1,6 @@
 """The comparison of Hydra with BERT: whole, tiny, killed in the middle."""
 
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 from small_glue import write_glue
 from small_text import sentences
 
+from hydra_ssm.cli import main
 from hydra_ssm.text import HydraForMaskedLM, preset
 from hydra_ssm.text.collators import IGNORED
 from hydra_ssm.text.tokenizer import train_tokenizer
@@ -252,6 +254,7 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
             }
         assert run["training"] == other["training"]
     _check_parts(again, killed)
+    _check_figures(again, tmp_path)
 
 
 def _check_parts(report: dict[str, Any], out: Path) -> None:
@@ -273,6 +276,58 @@ def _check_parts(report: dict[str, Any], out: Path) -> None:
     assert (out / "comparison_curves.png").stat().st_size > 5000
     assert (out / "comparison_lengths.png").stat().st_size > 5000
     assert not list((out / "checkpoints").iterdir())
+
+
+def _check_figures(report: dict[str, Any], pictures: Path) -> None:
+    """Every number of the page comes from the report."""
+    spec = importlib.util.spec_from_file_location("comparison_figures", ROOT / "docs" / "comparison_figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "\n".join(module.figures(report, pictures))
+    for summary in report["summary"]:
+        assert f"{summary['books_loss']['mean']:.3f}" in text
+        assert f"{100 * summary['wikitext_accuracy']['mean']:.1f}" in text
+    for model in MODELS:
+        assert f"| {model} | {report['glue'][model]['tasks']['RTE']['mean']:.1f} |" in text
+    page = f"before\n{module.BEGIN}\n\nold\n\n{module.END}\nafter\n"
+    once = module.insert(page, ["new", ""])
+    assert once == module.insert(once, ["new", ""])
+    assert "old" not in once
+    assert once.endswith("after\n")
+    assert "comparison_curves.png" in text
+    assert (pictures / "comparison_lengths.png").exists()
+
+
+def test_the_command_takes_settings_and_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(folder), "--out", str(tmp_path / "out"), "--limit", "0"]
+    small = ["--tokens", "640", "--batch-tokens", "64", "--length", "16", "--lengths", "16", "32", "--rates", "0.001"]
+    assert main([*words, *small]) == 0
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["tokens"] == 640
+    assert main(words) == 0
+    assert main([*words, "--tokens", "1280"]) == 2
+    assert "tokens is 640 in the comparison" in capsys.readouterr().err
+
+
+def test_the_command_prepares(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = folder.parent, tmp_path / "data"
+    given = [f"--{name} {base / name}.txt".split() for name in ("train", "books", "wikitext")]
+    words = [word for pair in given for word in pair]
+    assert (
+        main(["compare", "prepare", str(out), *words, "--tokenizer", str(base / "words"), "--glue", str(base / "glue")])
+        == 0
+    )
+    assert {p.name: p.read_bytes() for p in out.glob("*.npy")} == {p.name: p.read_bytes() for p in folder.glob("*.npy")}
+    assert "RTE" in capsys.readouterr().out
+
+
+def test_what_is_held_out_must_not_be_trained_on(folder: Path, tmp_path: Path) -> None:
+    train, words = str(folder.parent / "train.txt"), str(folder.parent / "words")
+    with pytest.raises(UserError, match="must not be trained on"):
+        prepare(tmp_path / "data", [train], {"books": [train], "wikitext": [train]}, words, None)
 
 
 def test_a_comparison_without_time_keeps_its_place(folder: Path, tmp_path: Path) -> None:

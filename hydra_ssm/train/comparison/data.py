@@ -72,7 +72,7 @@ class Data:
         try:
             self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} must hold what hydra-ssm compare --prepare wrote: {error}") from error
+            raise UserError(f"{folder} must hold what hydra-ssm compare prepare wrote: {error}") from error
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / TOKENIZER)
         self.evaluation = cache(self._evaluation)
 

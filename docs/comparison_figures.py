@@ -1,0 +1,161 @@
+"""Put the figures of the comparison with BERT into docs/results.md, and its curves into docs/pictures.
+
+    python docs/comparison_figures.py [FILE]
+
+Reads what `hydra-ssm compare` wrote, by default results/comparison.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from hydra_ssm.train.comparison.plan import MODELS, TEXTS
+from hydra_ssm.train.comparison.report import draw_curves, draw_lengths
+from hydra_ssm.train.finetune.tasks import TASKS
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "results.md"
+BEGIN = "<!-- comparison: docs/comparison_figures.py writes what follows -->"
+END = "<!-- end of comparison -->"
+NONE = "-"
+
+Report = dict[str, Any]
+Summary = dict[str, Any]
+
+
+def with_spread(value: dict[str, float | None] | None, form: str, scale: float = 1) -> str:
+    """A mean and its spread, where they are known."""
+    if value is None or value["mean"] is None:
+        return NONE
+    spread = "" if value["spread"] is None else f" ± {scale * value['spread']:{form}}"
+    return f"{scale * value['mean']:{form}}{spread}"
+
+
+def scores(summary: Summary) -> list[str]:
+    """Loss and accuracy of both texts."""
+    return [
+        cell
+        for text in TEXTS
+        for cell in (
+            with_spread(summary[f"{text}_loss"], ".3f"), with_spread(summary[f"{text}_accuracy"], ".1f", 100)
+        )
+    ]  # fmt: skip
+
+
+def rows(header: list[str], body: list[list[str]]) -> list[str]:
+    """A table."""
+    lines = [header, ["---"] * len(header), *body]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def about(report: Report) -> list[str]:
+    """What was compared, where and when."""
+    plan, run = report["plan"], report["runs"][0]
+    machine = run["machine"]
+    parameters = {s["model"]: s["parameters"] for s in report["summary"] if s["stage"] == "tokens"}
+    sizes = " and ".join(f"{plan[model]} ({count:,} parameters)" for model, count in parameters.items())
+    how = [word for word, used in (("CUDA graphs", run["graph"]), ("compiled layers", run["compiled"])) if used]
+    text = (
+        f"{report['date']}; {sizes}; {plan['tokens']:,} tokens in rows of {plan['length']}, {plan['batch_tokens']:,} a "
+        f"step, {plan['tokens'] / report['data']['texts']['train']['tokens']:.1f} passes over the text; seeds "
+        f"{', '.join(map(str, plan['seeds']))}. {machine['device']}, torch {machine['torch']}, "
+        f"{' and '.join(how) or 'called from Python'} for both. Means and standard deviations over seeds, where there "
+        "are several."
+    )
+    left = [f"Not finished: {', '.join(report['unfinished'])}."] if report["unfinished"] else []
+    return [textwrap.fill(" ".join([text, *left]), 120, break_long_words=False, break_on_hyphens=False), ""]
+
+
+def rates(report: Report) -> list[str]:
+    """The grid."""
+    body = []
+    for rate in report["plan"]["rates"]:
+        own = {r["model"]: r for r in report["runs"] if r["stage"] == "rate" and r["rate"] == rate}
+        cells = [
+            "diverged" if "diverged" in own[m] else f"{own[m]['losses'][TEXTS[0]]:.3f}" for m in MODELS if m in own
+        ]
+        body.append([f"{rate:g}", *cells])
+    title = f"### Learning rates: held-out loss on books after {report['plan']['rate_tokens']:,} tokens"
+    return [title, "", *rows(["peak", *MODELS], body)]
+
+
+def pretrained(report: Report) -> list[str]:
+    """Equal tokens and equal seconds."""
+    body = []
+    for stage, what in (("tokens", "the same tokens"), ("seconds", "the same seconds")):
+        for s in (s for s in report["summary"] if s["stage"] == stage):
+            speed = with_spread(s["tokens_per_second"], ",.0f")
+            tokens, seconds = (with_spread(s[name], ",.0f") for name in ("tokens", "seconds"))
+            body.append(
+                [f"{s['model']}, {what}", f"{s['rate']:g}", tokens, seconds, speed, *scores(s), str(len(s["seeds"]))]
+            )
+    header = ["", "rate", "tokens", "seconds", "tokens/s", "books loss", "acc. %", "WikiText loss", "acc. %", "seeds"]
+    return ["### At equal tokens, and at equal seconds", "", *rows(header, body)]
+
+
+def tasks(report: Report) -> list[str]:
+    """GLUE."""
+    glue = report["glue"]
+    if not glue:
+        return []
+    names = [name for name in TASKS if any(name in found["tasks"] for found in glue.values())]
+    body = [
+        [model, *(with_spread(found["tasks"].get(name), ".1f") for name in names), with_spread(found["average"], ".1f")]
+        for model, found in glue.items()
+    ]
+    seeds = len(report["plan"]["task_seeds"])
+    title = f"### GLUE's whole tasks, {seeds} seeds of fine-tuning of each model of the first seed"
+    return [title, "", *rows(["", *names, "average"], body)]
+
+
+def lengths(report: Report) -> list[str]:
+    """Longer rows."""
+    own = [s for s in report["summary"] if s["stage"] == "length"]
+    if not own:
+        return []
+    body = []
+    for s in sorted(own, key=lambda s: (s["length"], MODELS.index(s["model"]))):
+        run = next(r for r in report["runs"] if r["name"] == f"length-{s['model']}-{s['length']}")
+        before = [f"{run['curve'][0][f'{text}_loss']:.3f}" for text in TEXTS]
+        cells = [f"{s['length']:,}", s["model"], *before, *scores(s), with_spread(s["tokens_per_second"], ",.0f")]
+        body.append(cells)
+    header = [
+        "length", "", "books loss before", "WikiText loss before", "books loss", "acc. %", "WikiText loss", "acc. %",
+        "tokens/s",
+    ]  # fmt: skip
+    title = f"### Longer rows: {report['plan']['length_tokens']:,} more tokens at each length"
+    return [title, "", *rows(header, body)]
+
+
+def figures(report: Report, pictures: Path) -> list[str]:
+    """All that stands between the marks."""
+    lines = [*about(report), *rates(report)]
+    stages = {s["stage"] for s in report["summary"]}
+    if "tokens" in stages:
+        draw_curves(report, pictures / "comparison_curves.png")
+        lines += [*pretrained(report), "![held-out loss by tokens and by seconds](pictures/comparison_curves.png)", ""]
+    lines += tasks(report)
+    if "length" in stages:
+        draw_lengths(report, pictures / "comparison_lengths.png")
+        lines += [*lengths(report), "![loss and speed by length](pictures/comparison_lengths.png)", ""]
+    return lines
+
+
+def insert(page: str, lines: list[str]) -> str:
+    """The page with these lines between its marks."""
+    before, rest = page.split(BEGIN)
+    return "\n".join([before + BEGIN, "", *lines, END + rest.split(END)[1]])
+
+
+def main() -> None:
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS.parent / "results" / "comparison.json"
+    report = json.loads(source.read_text(encoding="utf-8"))
+    PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), figures(report, DOCS / "pictures")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
