@@ -1,0 +1,244 @@
+"""One run: a model, its learning rate and seed, trained from pictures that lie on the device."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ....bench.machine import device_name
+from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_file, whole_folder
+from ...workers import Say, Until
+from .augment import Random, augmented, normalized
+from .data import Data
+from .models import build
+from .plan import Job, Plan
+
+RUNS, STATE = "runs", "state.pt"
+SAVE_AFTER = 90.0  # seconds
+TOGETHER = 1000  # pictures that are evaluated at once
+
+Record = dict[str, Any]
+Score = dict[str, float]
+
+
+def folder_of(out: Path, job: Job) -> Path:
+    """Of the checkpoints, while it is under way."""
+    return out / RUNS / job.name
+
+
+def finished(out: Path, job: Job) -> Record | None:
+    """The record of a run that has come to its end."""
+    file = folder_of(out, job).with_name(f"{job.name}.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say) -> Record | None:
+    """Go on with a run to its end, and keep its record in a file. None where it had to stop before."""
+    if until.over() or finished(out, job):
+        return finished(out, job)
+    folder = folder_of(out, job)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    run = Run(Plan.read(out), Data(data), job)
+    run.load(newest_whole(folder))
+    saved = time.monotonic()
+    while run.epoch < run.epochs and run.diverged is None:
+        run.one_epoch()
+        if run.epoch < run.epochs and (until.over() or time.monotonic() - saved > SAVE_AFTER):
+            run.save(folder)
+            saved = time.monotonic()
+        if until.over() and run.epoch < run.epochs:
+            return None
+    record = {**job._asdict(), **run.record(), "at_once": at_once}
+    with whole_file(folder.with_name(f"{job.name}.json")) as part:
+        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    remove(folder)
+    return record
+
+
+class Run:
+    """The state of a run, and how it advances by an epoch."""
+
+    def __init__(self, plan: Plan, data: Data, job: Job) -> None:
+        self.plan, self.job = plan, job
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parts = data.tuning() if job.tuning else (data.train, data.test)
+        self.train, self.held_out = (part.to(self.device) for part in parts)
+        self.classes = len(data.classes)
+        self.epochs = plan.tuning_epochs if job.tuning else plan.epochs
+        self.steps = len(self.train) // plan.batch_size  # of an epoch
+        torch.manual_seed(job.seed)
+        self.model = build(job.row, plan, self.classes, data.facts["size"]).to(self.device)
+        self.ema = ModelEmaV3(self.model, decay=plan.ema_decay, use_warmup=True, warmup_power=0.75)
+        fused: dict[str, Any] = {"fused": True} if self.device.type == "cuda" else {}
+        self.optimizer = create_optimizer_v2(
+            self.model, "adamw", lr=job.learning_rate, weight_decay=plan.weight_decay, **fused
+        )
+        self.schedule = create_scheduler_v2(
+            self.optimizer, "cosine", num_epochs=self.epochs, warmup_epochs=plan.warm_up * self.epochs,  # type: ignore[arg-type]
+            warmup_lr=job.learning_rate / 100, min_lr=job.learning_rate / 100, step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )[0]  # fmt: skip
+        self.epoch, self.seconds = 0, 0.0
+        self.diverged: str | None = None
+        self.curve: list[dict[str, float]] = []
+        self.step = self._step()
+
+    def one_epoch(self) -> None:
+        """Train on all pictures once; score the weights where it is time."""
+        started = time.perf_counter()
+        torch.manual_seed(self._key(self.epoch))  # of what the model itself drops
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self._key(self.epoch)))
+        losses = [self._one_step(i, index) for i, index in enumerate(self._batches(order))]
+        loss = float(torch.stack(losses).mean())
+        self.epoch += 1
+        self.seconds += time.perf_counter() - started
+        entry = {"epoch": self.epoch, "loss": loss}
+        if not math.isfinite(loss):
+            self.diverged = f"in epoch {self.epoch}, its loss is {loss}"
+        elif self.epoch % self.plan.evaluate_every == 0 or self.epoch == self.epochs:
+            entry |= self.scores()
+        self.curve.append(entry)
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        size = self.plan.batch_size
+        return [part.to(self.device, non_blocking=True) for part in order[: self.steps * size].split(size)]
+
+    def _key(self, epoch: int) -> int:
+        return self.job.seed * 100_003 + epoch
+
+    def _one_step(self, i: int, index: Tensor) -> Tensor:
+        update = self.epoch * self.steps + i
+        self.schedule.step_update(update)
+        pictures, labels = self.train.at(index)
+        random = Random(self.job.seed, update, self.device)
+        x, target = augmented(pictures, labels, self.classes, self.plan.strength, random)
+        loss = self.step(x, target)
+        self.optimizer.step()
+        self.ema.update(self.model, step=update + 2)  # its first decay would be 0 for two steps
+        return loss
+
+    def _step(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """From a batch to its loss, the gradients being where the optimiser reads them."""
+        criterion = SoftTargetCrossEntropy()
+
+        def plain(x: Tensor, target: Tensor) -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = forward(self.model, x, criterion, target)
+            loss.backward()
+            return loss.detach()
+
+        return Replayed(self.model, criterion, self) if self.device.type == "cuda" else plain
+
+    @torch.no_grad()
+    def scores(self) -> Score:
+        """Top-1 and top-5 in per cent of the raw and of the averaged weights."""
+        found: Score = {}
+        for ending, model in (("", self.model), ("_ema", self.ema.module)):
+            model.eval()
+            right = torch.zeros(2, device=self.device)
+            for part in torch.arange(len(self.held_out), device=self.device).split(TOGETHER):
+                pictures, labels = self.held_out.at(part)
+                logits = forward(model, normalized(pictures))
+                hits = logits.topk(min(5, self.classes)).indices == labels[:, None]
+                right += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+            top1, top5 = (100 * right / len(self.held_out)).tolist()
+            found |= {f"top1{ending}": top1, f"top5{ending}": top5}
+        self.model.train()
+        return found
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "model": self.model.state_dict(), "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "curve": self.curve,
+            "seconds": self.seconds,
+        }  # fmt: skip
+        with whole_folder(folder / f"checkpoint-{self.epoch}") as part:
+            torch.save(state, part / STATE)
+        remove_old(folder)
+
+    def load(self, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            return
+        state = torch.load(checkpoint / STATE, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.curve, self.seconds = state["epoch"], state["curve"], state["seconds"]
+
+    def record(self) -> Record:
+        """What is to be kept."""
+        last = {} if self.diverged else {k: v for k, v in self.curve[-1].items() if k not in ("epoch", "loss")}
+        return {
+            **last, "diverged": self.diverged, "parameters": sum(p.numel() for p in self.model.parameters()),
+            "epochs": self.epochs, "steps": self.steps * self.epochs, "seconds": self.seconds, "curve": self.curve,
+            "device": device_name(self.device), "torch": torch.__version__,
+        }  # fmt: skip
+
+
+def forward(model: nn.Module, x: Tensor, criterion: nn.Module | None = None, target: Tensor | None = None) -> Tensor:
+    """The loss, or the logits in float32; bf16 autocast on a GPU, float32 on a CPU."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        logits = model(x)
+    return logits.float() if criterion is None else criterion(logits.float(), target)
+
+
+class Replayed:
+    """Forward and backward as a CUDA graph: small layers would wait for Python. Where none can be made, without."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, run: Run) -> None:
+        self.model, self.criterion, self.run = model, criterion, run
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.tried = False
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        if not self.tried:
+            self.tried = True
+            self._capture(x, target)
+        if self.graph is None:
+            self._clear()
+            return self._run(x, target).detach()
+        self.x.copy_(x)
+        self.target.copy_(target)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _run(self, x: Tensor, target: Tensor) -> Tensor:
+        loss = forward(self.model, x, self.criterion, target)
+        loss.backward()
+        return loss
+
+    def _clear(self) -> None:
+        for p in self.model.parameters():
+            p.grad = None
+
+    def _capture(self, x: Tensor, target: Tensor) -> None:
+        self.x, self.target = x.clone(), target.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled and chosen, libraries begin
+            for _ in range(3):
+                self._clear()
+                self._run(self.x, self.target)
+        torch.cuda.current_stream().wait_stream(side)
+        self._clear()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss = self._run(self.x, self.target).detach()
+        except RuntimeError as problem:
+            torch.cuda.synchronize()
+            print(f"{self.run.job}: no CUDA graph: {' '.join(str(problem).split())[:200]}", flush=True)
+            return
+        self.graph = graph

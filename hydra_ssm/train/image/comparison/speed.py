@@ -1,0 +1,107 @@
+"""What a step costs: of the compared models as they are trained, and of base models from 64 to 1,024 pixels."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....bench.clock import Run
+from ....bench.machine import facts
+from ....bench.measure import measure
+from ...checkpoints import whole_file
+from ...workers import Say
+from .loop import forward
+from .models import BASE, base, build
+from .plan import Plan
+
+SPEED, RESOLUTIONS = "speed.json", "resolutions.json"
+PIXELS = (64, 128, 224, 384, 512, 768, 1024)
+TOKENS = 16_384  # of the batch at every resolution
+PATCH = 16  # of the base models
+
+Rows = dict[str, dict[str, Any]]
+
+
+def measure_models(out: Path, plan: Plan, rows: list[str], classes: int, size: int, deadline: float, say: Say) -> None:
+    """Each compared model alone, on a batch of the training's size; results so far are kept."""
+
+    def make(row: str) -> Callable[[], nn.Module]:
+        return lambda: build(row, plan, classes, size)
+
+    wanted = {row: (make(row), plan.batch_size, size, (size // plan.patch) ** 2) for row in rows}
+    _measure_all(out / SPEED, wanted, deadline, say)
+
+
+def measure_resolutions(out: Path, deadline: float, say: Say, pixels: tuple[int, ...] = PIXELS) -> None:
+    """ViT and Hydra-ViT base with as many pictures as have `TOKENS` tokens together."""
+
+    def make(name: str, size: int) -> Callable[[], nn.Module]:
+        return lambda: base(name, size)
+
+    wanted = {}
+    for size in pixels:
+        tokens = (size // PATCH) ** 2
+        for name in BASE:
+            wanted[f"{name} {size}"] = (make(name, size), max(1, TOKENS // tokens), size, tokens)
+    _measure_all(out / RESOLUTIONS, wanted, deadline, say)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What was measured: the machine, and a row for each name."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": {}, "rows": {}}
+
+
+def _measure_all(
+    path: Path, wanted: dict[str, tuple[Callable[[], nn.Module], int, int, int]], deadline: float, say: Say
+) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = read(path)
+    found["machine"] = found["machine"] or facts(device)
+    for name, (make, batch, size, tokens) in wanted.items():
+        if name in found["rows"] or time.time() >= deadline:
+            continue
+        row = asdict(measure(name, batch, tokens, partial(_runs, make, batch, size, device), device))
+        best = {part: row[f"graph_{part}"] or row[part] for part in ("forward", "step")}
+        row |= {f"pictures_per_second_{part}": 1e3 * batch / ms if ms else None for part, ms in best.items()}
+        found["rows"][name] = {**row, "pixels": size}
+        say(f"{name}, {batch} x {tokens} tokens: {row['note'] or _line(row)}")
+        with whole_file(path) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _line(row: dict[str, Any]) -> str:
+    rates = [f"{row[f'pictures_per_second_{part}']:,.0f} pictures/s {part}" for part in ("forward", "step")]
+    return f"{', '.join(rates)}, {row['peak'] or 0:,.0f} MB"
+
+
+def _runs(make: Callable[[], nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Run]:
+    torch.manual_seed(0)
+    model = make().to(device)
+    x = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    criterion = nn.CrossEntropyLoss()
+
+    def infer() -> object:
+        with torch.no_grad():
+            return forward(model.eval(), x)
+
+    def step() -> object:
+        for p in model.parameters():
+            p.grad = None
+        loss = forward(model.train(), x, criterion, labels)
+        loss.backward()
+        return loss.detach()
+
+    return {"forward": infer, "step": step}

@@ -1,0 +1,253 @@
+"""The comparison of image models: alike in all else, restartable to the last bit, reported from what was measured."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("timm")
+
+from hydra_ssm.train.checkpoints import write_manifest
+from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.image.comparison import ROWS, Plan, compare, prepare
+from hydra_ssm.train.image.comparison import speed as speed_module
+from hydra_ssm.train.image.comparison.augment import MEAN, STD, Random, Strength, augmented, normalized
+from hydra_ssm.train.image.comparison.data import Data
+from hydra_ssm.train.image.comparison.models import BASE, TOLERANCE, base, build, parameters
+from hydra_ssm.train.image.comparison.plan import Job
+from hydra_ssm.train.image.comparison.report import best_rates
+
+NOTHING = Strength(crop=0, randaugment=False, mix=0, smoothing=0)
+TINY = {
+    "size": "small", "width": 32, "headdim": 16, "d_state": 4, "vit_depth": 1, "patch": 16, "batch_size": 64,
+    "epochs": 3, "learning_rates": (3e-3,), "evaluate_every": 1,
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "data"
+    prepare(None, folder)
+    for file in folder.glob("*.npy"):
+        np.save(file, np.load(file)[: 320 if "train" in file.name else 80])
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+
+
+def test_without_strength_a_picture_is_itself_or_its_mirror_image(pictures):
+    x, target = augmented(*pictures, 10, NOTHING, Random(0, 0, CPU))
+    plain = normalized(pictures[0])
+    same, mirrored = ((x - y).abs().amax((1, 2, 3)) < 1e-3 for y in (plain, plain.flip(3)))
+    assert (same ^ mirrored).all()
+    assert 10 < same.sum() < 54
+    torch.testing.assert_close(target.argmax(1), pictures[1])
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (MEAN, STD))
+    torch.testing.assert_close(plain.double(), (pictures[0].double() / 255 - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_a_crop_moves_a_picture_by_whole_pixels_and_shows_the_mean_beside_it(pictures):
+    x, _ = augmented(*pictures, 10, Strength(crop=3, randaugment=False, mix=0), Random(0, 1, CPU))
+    plain = torch.nn.functional.pad(normalized(pictures[0]), (3, 3, 3, 3))
+    moved = [torch.roll(y, (i, j), (2, 3))[:, :, 3:-3, 3:-3] for y in (plain, plain.flip(3)) for i in range(-3, 4)
+             for j in range(-3, 4)]  # fmt: skip
+    nearest = torch.stack([(x - y).abs().amax((1, 2, 3)) for y in moved]).amin(0)
+    assert nearest.max() < 1e-2
+
+
+def test_labels_are_mixed_in_the_proportion_of_the_pixels():
+    # Two pictures of one colour each: every pixel says how much of either there is.
+    x = torch.cat([torch.zeros(32, 3, 32, 32), torch.full((32, 3, 32, 32), 255)]).to(torch.uint8)
+    labels = torch.arange(64) // 32
+    mixed, target = augmented(x, labels, 2, Strength(0, False, mix=1, smoothing=0), Random(0, 0, CPU))
+    low, high = normalized(x)[[0, -1]].mean((1, 2, 3))
+    share = (mixed.mean((1, 2, 3)) - low) / (high - low)
+    torch.testing.assert_close(share, target[:, 1], rtol=0, atol=1e-4)
+    cut = mixed[:, 0].flatten(1).std(1) > 1e-3
+    assert 16 < cut.sum() < 48  # the others are sums
+
+
+def test_every_operation_of_randaugment_happens_and_a_step_is_the_same_again(pictures):
+    strength = Strength(erase=0.5)
+    first, again, other = (augmented(*pictures, 10, strength, Random(3, step, CPU))[0] for step in (7, 7, 8))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert (first != other).any()
+    assert first.isfinite().all()
+    smoothed = augmented(*pictures, 10, strength, Random(3, 7, CPU))[1]
+    torch.testing.assert_close(smoothed.sum(1), torch.ones(64))
+    assert smoothed.min() >= 0.01 - 1e-6
+
+
+def test_all_rows_have_the_parameters_of_the_vit_and_take_pictures():
+    plan = Plan.of("usual", {})
+    with torch.device("meta"):
+        found = {row: parameters(build(row, plan, 10, 32)) for row in ROWS}
+    for row, number in found.items():
+        assert abs(number / found["vit"] - 1) <= TOLERANCE, row
+    for row in ROWS:
+        assert build(row, Plan.of("small", {}), 10, 32)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with torch.device("meta"):
+        assert all(base(name, size).num_classes == 1000 for name in BASE for size in (64, 1024))
+
+
+def test_pictures_come_from_a_compressed_tar_or_a_folder_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, number in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    tmp_path / "set" / part / name / f"{i}.png"
+                )
+    with tarfile.open(tmp_path / "set.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "set", "set")
+    prepare(tmp_path / "set.tar.xz", tmp_path / "a")
+    prepare(tmp_path / "set", tmp_path / "b")
+    a, b = Data(tmp_path / "a"), Data(tmp_path / "b")
+    assert a.classes == b.classes == ["cat", "dog"]
+    assert (len(a.train), len(a.test)) == (6, 4)
+    torch.testing.assert_close(a.train.pixels, b.train.pixels, rtol=0, atol=0)
+    original = torch.from_numpy(np.array(Image.open(tmp_path / "set/train/cat/1.png"))).permute(2, 0, 1)
+    torch.testing.assert_close(a.train.pixels[1], original, rtol=0, atol=0)
+    with pytest.raises(UserError, match="must hold train/CLASS/PICTURE and test/CLASS/PICTURE"):
+        prepare(tmp_path / "set" / "train", tmp_path / "c")
+
+
+def test_rates_are_chosen_on_training_pictures_alone(digits):
+    data = Data(digits)
+    train, held = data.tuning()
+    assert len(train) + len(held) == len(data.train)
+    together = torch.cat([train.pixels, held.pixels]).flatten(1).long().sum(1).sort()[0]
+    torch.testing.assert_close(together, data.train.pixels.flatten(1).long().sum(1).sort()[0])
+
+
+def test_a_killed_comparison_goes_on_to_the_same_bits(digits, tmp_path):
+    whole = compare(digits, tmp_path / "whole", rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from hydra_ssm.train.image.comparison import compare, loop\n"
+        "loop.SAVE_AFTER = 0\n"
+        f"compare(sys.argv[1], sys.argv[2], rows=['hydra_vit'], seeds=[1], stages=['runs'], **{TINY!r})\n"
+    )
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", program, str(digits), str(out)], env=os.environ)
+    while not list(out.glob("runs/*/checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("runs/*.json"))
+    again = compare(digits, out, rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
+    assert again["runs"][0]["curve"] == whole["runs"][0]["curve"]
+    assert (out / "images.png").stat().st_size > 5000
+    with pytest.raises(UserError, match=r"epochs is 3 in .*killed, got 4: choose another folder"):
+        compare(digits, out, epochs=4)
+
+
+def test_a_comparison_that_runs_out_of_time_keeps_what_it_has_and_goes_on(digits, tmp_path, capsys):
+    settings = {**TINY, "learning_rates": (1e-3, 3e-2), "epochs": 1, "tuning_epochs": 1}
+    stages = ["speed", "tuning", "runs"]
+    nothing = compare(digits, tmp_path / "out", rows=["vit", "add"], seeds=[0], stages=stages, limit=0, **settings)
+    assert nothing["rows"] == []
+    compare(digits, tmp_path / "out", rows=["vit", "add"], stages=stages[:2], **settings)
+    report = compare(digits, tmp_path / "out", rows=["vit", "add"], seeds=[0], stages=stages, jobs=2, **settings)
+    plan = Plan.read(tmp_path / "out")
+    for row in report["rows"]:
+        tried = {r["learning_rate"]: max(r["top1"], r["top1_ema"]) for r in report["tuning"] if r["row"] == row["row"]}
+        assert tried.keys() == {1e-3, 3e-2}
+        assert tried[row["learning_rate"]] == max(tried.values())
+        assert best_rates(tmp_path / "out", plan, [row["row"]]) == {row["row"]: row["learning_rate"]}
+        assert row["speed"]["pictures_per_second_step"] > 0
+        run = next(r for r in report["runs"] if r["row"] == row["row"])
+        assert row["top1"] == {"mean": run["top1"], "std": 0.0}
+        assert run["steps"] == 320 // 64
+    assert json.loads((tmp_path / "out" / "images.json").read_text()) == json.loads(json.dumps(report))
+    assert "vit" in capsys.readouterr().out
+
+
+def test_resolutions_keep_the_number_of_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_module, "TOKENS", 32)
+    monkeypatch.setattr(speed_module, "BASE", {"vit": "vit_tiny_patch16_224"})
+    monkeypatch.setattr(
+        speed_module, "base", lambda name, size: build("vit", Plan.of("small", {"patch": 16}), 10, size)
+    )
+    speed_module.measure_resolutions(tmp_path, float("inf"), print, pixels=(32, 64))
+    found = json.loads((tmp_path / "resolutions.json").read_text())["rows"]
+    assert {name: (r["batch"], r["length"]) for name, r in found.items()} == {"vit 32": (8, 4), "vit 64": (2, 16)}
+
+
+def test_mistakes_are_told():
+    for given, told in (
+        ({"rows": ["mamba"]}, "rows must be of vit, hydra_vit, .* got mamba"),
+        ({"stages": ["all"]}, "stages must be of speed, tuning, runs, resolutions, got all"),
+        ({"depth": 3}, "a comparison has no setting depth"),
+        ({"batch_size": 3}, "batch_size must be even"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"size": "huge"}, "size must be one of usual, small, got huge"),
+    ):
+        with pytest.raises(UserError, match=told):
+            compare(None, "nowhere", **given)
+    assert not Path("nowhere").exists()
+    assert str(Job("vit", 1e-3, 0, True)) == "vit, 0.001, tuning"
+
+
+def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
+    path = Path(__file__).parents[2] / "docs" / "image_figures.py"
+    spec = importlib.util.spec_from_file_location("image_figures", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    run = {
+        "row": "vit",
+        "seed": 0,
+        "diverged": None,
+        "curve": [{"epoch": 1, "loss": 1.0, "top1": 50.0, "top1_ema": 60.0}],
+    }
+    speed = {"pictures_per_second_step": 1234.5, "peak": 99.0}
+    mean = {"mean": 60.0, "std": 1.5}
+    report = {
+        "date": "today", "machine": {"device": "GPU", "torch": "2"}, "plan": asdict(Plan.of("usual", {})),
+        "data": {"source": "cifar", "train_pictures": 9, "test_pictures": 3, "size": 32}, "runs": [run],
+        "rows": [{"row": "vit", "about": "ViT", "seeds": [0, 1], "diverged": 1, "parameters": 2_000_000, "speed": speed,
+                  "learning_rate": 1e-3, "top1": mean, "top1_ema": mean, "top5": mean, "top5_ema": mean}],
+        "tuning": [{"row": "vit", "learning_rate": 1e-3, "diverged": None, "top1": 40.0, "top1_ema": 41.0},
+                   {"row": "vit", "learning_rate": 2e-3, "diverged": "in epoch 1"}],
+        "resolutions": {"machine": {}, "rows": {
+            "vit 64": {"pixels": 64, "length": 16, "note": "", "pictures_per_second_forward": 9000.0, **speed},
+            "hydra_vit 64": {"pixels": 64, "length": 16, "note": "out of memory"}}},
+    }  # fmt: skip
+    page, file = tmp_path / "results.md", tmp_path / "images.json"
+    (tmp_path / "pictures").mkdir()
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "DOCS", tmp_path)
+    monkeypatch.setattr(script, "FILE", file)
+    script.main()
+    assert "has not been run yet" in page.read_text()
+    file.write_text(json.dumps(report), encoding="utf-8")
+    for _ in range(2):  # over what is there
+        script.main()
+    text = page.read_text()
+    line = "| vit | 2,000,000 | 0.001 | 60.00 ± 1.50 | 60.00 ± 1.50 | 60.00 ± 1.50 | 1,234 | 99 | 2, 1 diverged |"
+    assert text.count(line) == 1
+    assert "| vit | - | 41.00 | diverged |" in text
+    assert "| 64 | 16 | 9,000 | 1,234 | 99 | out of memory | - | - |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert (tmp_path / "pictures" / "images.png").exists()
