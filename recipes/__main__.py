@@ -11,7 +11,9 @@ from typing import Any
 
 from hydra_ssm.cli import MISTAKE
 from hydra_ssm.train.comparison import compare
+from hydra_ssm.train.distributed import restarted
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.pretrain import pretrain, resume
 
 from . import COMPARISONS, PRETRAINING
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.name in COMPARISONS:
             _compare(asked.name, asked.sources, out, given)
         else:
-            _pretrain(asked.name, asked.sources, out, asked.resume, given)
+            again = restarted() and RunFolder(out).exists()  # the launcher repeats the command after a process has died
+            _pretrain(asked.name, asked.sources, out, asked.resume or again, given)
     except (UserError, TypeError) as error:  # the latter of settings that there are not
         print(f"recipes: error: {error}", file=sys.stderr)
         return MISTAKE

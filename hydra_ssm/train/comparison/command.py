@@ -19,7 +19,7 @@ from .data import Data, check_whole
 from .loop import How
 from .plan import MODELS, NAME, TEXTS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
 from .report import Report, collect, draw_curves, draw_lengths, table, write_json
-from .run import MODELS_FOLDER, RUNS, Record, train
+from .run import MODELS_FOLDER, RUNS, Record, free_memory, train
 from .tasks import run_tasks, tasks_done
 
 REPORT = "comparison"  # begins the names of its files
@@ -125,6 +125,7 @@ class Comparison:
         if not self.plan.tasks:
             return
         if not self.until.over() and not all(tasks_done(self.out, self.plan, model) for model in MODELS):
+            free_memory()
             run_tasks(self.out, self.data.folder, self.plan, self.until, self.jobs)
         self.left += [f"GLUE of {model}" for model in MODELS if tasks_done(self.out, self.plan, model) is None]
 

@@ -27,6 +27,7 @@ from .plan import DECAY, TEXTS, Plan, Run
 
 STATE = "state.pt"
 CLIP = 1.0
+FEW = 4  # evaluations
 Evaluations = dict[str, tuple[Tensor, Tensor]]  # (inputs, labels) of each held-out text
 
 
@@ -97,7 +98,6 @@ class Trainee:
         if self.device.type != "cuda":
             return
         if self.how.compile:
-            torch.compiler.reset()  # another shape is another program
             for layer in self.net.model.encoder.layers:
                 layer.compile(dynamic=False)
             self._criterion = torch.compile(masked_loss, dynamic=False)
@@ -211,7 +211,7 @@ class Training:
             self._evaluate()  # before the first step
         self.trainee.warm_up(self.batches[self.done])
         self.warm_up += time.perf_counter() - began
-        marks = {round(run.steps * i / self.plan.evaluations) for i in range(1, self.plan.evaluations + 1)}
+        marks = self._marks()
         clock, saved, logged = Clock(self.device, self.seconds), time.monotonic(), self.done
         clock.start()
         while self.done < run.steps:
@@ -236,6 +236,12 @@ class Training:
                     return False
             clock.start()
         return True
+
+    def _marks(self) -> set[int]:
+        """The steps after which it is evaluated; where only the end counts, a few."""
+        whole = self.run.stage in ("tokens", "seconds")
+        count = self.plan.evaluations if whole else min(FEW, self.plan.evaluations)
+        return {round(self.run.steps * i / count) for i in range(1, count + 1)}
 
     def _log(self, steps: int) -> None:
         loss = self.trainee.mean_loss(steps)

@@ -30,7 +30,7 @@ class Plan:
         seeds: of the pretraining; the first one's models go on to the tasks and the longer rows.
         lengths, length_tokens: the models go on with rows of these lengths, on so many tokens each.
         length_rate: the peak of that, as a share of the best rate.
-        evaluations: of a run, the last one after its last step.
+        evaluations: of a whole run, the last one after its last step; 4 at most of the shorter ones.
         evaluation_tokens: most tokens of each held-out text that are evaluated on.
         tasks, task_seeds, task_batch: of GLUE; no tasks for none.
         save_after: seconds between checkpoints.
@@ -52,7 +52,7 @@ class Plan:
     length_rate: float = 0.5
     mask_rate: float = 0.30
     evaluations: int = 20
-    evaluation_tokens: int = 1 << 19
+    evaluation_tokens: int = 1 << 18
     tasks: tuple[str, ...] = WHOLE_TASKS
     task_seeds: tuple[int, ...] = (0, 1, 2)
     task_batch: int = 32

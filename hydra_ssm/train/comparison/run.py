@@ -43,7 +43,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
     folder, began = out / CHECKPOINTS / run.name, time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     record: Record = {"name": run.name, **asdict(run), "preset": getattr(plan, run.model)}
-    _free_memory()
+    free_memory()
     with quiet():
         training = Training(run, plan, data, _model(out, run, plan, data), folder, how, say)
         try:
@@ -63,9 +63,10 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
     return record
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """What the run before has left on a GPU."""
     if torch.cuda.is_available():
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
