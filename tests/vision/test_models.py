@@ -240,16 +240,12 @@ def test_layer_decay_reaches_every_layer_and_decay_spares_what_it_should(name):
     assert len(create_optimizer_v2(model, opt="adamw", weight_decay=0.1, layer_decay=0.5).param_groups) > 4
 
 
-def test_no_decay_holds_without_the_rule_for_vectors():
-    model = small(DROP_IN)
-    groups = timm.optim.param_groups_weight_decay(
-        model, 0.1, weight_decay_exclude_1d=False, no_weight_decay_list=model.no_weight_decay()
-    )
-    spared = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    assert {n for n, p in model.named_parameters() if id(p) in spared} == model.no_weight_decay() & {
-        n for n, _ in model.named_parameters()
-    }
-    assert len(spared) == 3 * 3 + 1  # A_log, dt_bias, D of each layer, and pos_embed
+@both
+def test_decays_steps_skips_and_positions_are_named_as_taking_no_weight_decay(name):
+    model = small(name, pos_embed="learn")
+    own = {n for n, p in model.named_parameters()} & model.no_weight_decay()
+    prefix = "encoder.layers.{}.mixer." if name == PAPER else "blocks.{}.attn.mixer."
+    assert own == {"pos_embed"} | {prefix.format(i) + n for i in range(3) for n in ("A_log", "dt_bias", "D")}
 
 
 @both
