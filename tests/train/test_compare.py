@@ -257,6 +257,17 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
     _check_figures(again, tmp_path)
 
 
+def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 64, "seeds": (0,)}
+    compare(folder, tmp_path, say=said.append, stages=("tokens",), **settings)
+    (tmp_path / "models" / "tokens-bert-seed-0").rename(tmp_path / "elsewhere")
+    report = compare(folder, tmp_path, say=said.append)
+    assert report["unfinished"] == ["tasks", "lengths"]
+    assert any("the model of tokens-bert-seed-0 is missing" in line for line in said)
+    assert any(run["stage"] == "seconds" for run in report["runs"])  # which needs none
+
+
 def _check_parts(report: dict[str, Any], out: Path) -> None:
     stages = {(run["stage"], run["model"]) for run in report["runs"]}
     assert {(stage, model) for stage in ("rate", "tokens", "length") for model in MODELS} <= stages

@@ -107,7 +107,7 @@ class Comparison:
             "seeds": lambda: [self._train(token_runs(self.plan, best, seed)) for seed in self.plan.seeds[1:]],
         }
         for name, part in parts.items():
-            if name in stages and (name in ("tokens", "seeds") or self._whole(first)):
+            if name in stages and (name not in ("tasks", "lengths") or self._whole(name, first)):
                 part()
 
     def _train(self, runs: list[Run]) -> list[Record] | None:
@@ -117,9 +117,14 @@ class Comparison:
         whole = [record for record in found if record is not None]
         return whole if len(whole) == len(runs) else None
 
-    def _whole(self, runs: list[Run]) -> bool:
-        """Whether both models are there to go on with."""
-        return all((self.out / MODELS_FOLDER / run.name).is_dir() for run in runs)
+    def _whole(self, part: str, runs: list[Run]) -> bool:
+        """Whether both models are there to go on with; says what is to be done where one was lost."""
+        missing = [run.name for run in runs if not (self.out / MODELS_FOLDER / run.name).is_dir()]
+        for name in missing:
+            if (record := self.out / RUNS / f"{name}.json").exists():
+                self.say(f"{part}: the model of {name} is missing or diverged: remove {record} to train it again")
+        self.left += [part] if missing else []
+        return not missing
 
     def _tasks(self) -> None:
         if not self.plan.tasks:
