@@ -1,10 +1,16 @@
-"""Image models of matrix mixers. Importing this registers them with timm: timm.create_model("vit_hydra_...")."""
+"""Image models of matrix mixers. Importing this registers them with timm: timm.create_model("vit_hydra_...").
 
-# ruff: noqa: E402 - the extra is named before its packages are imported
+Where transformers is installed, HydraForImageClassification is here too, and known to its Auto classes.
+"""
 
-from .._extras import require
+from importlib.util import find_spec
 
-require("timm", "vision")
+from .._extras import imports_unannounced, require
+
+with imports_unannounced():
+    require("timm", "vision")
+    if find_spec("transformers"):
+        require("transformers.modeling_utils", "text")
 
 from . import registry
 from .dropin import DropIn
@@ -14,3 +20,8 @@ from .orders import ORDERS, places, reading
 MODELS = (*registry.HYDRA, *registry.DROP_IN)
 
 __all__ = ["MODELS", "ORDERS", "DropIn", "HydraViT", "places", "reading"]
+
+if find_spec("transformers"):
+    from .huggingface import HydraForImageClassification, HydraViTConfig
+
+    __all__ += ["HydraForImageClassification", "HydraViTConfig"]

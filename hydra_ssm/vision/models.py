@@ -181,6 +181,11 @@ class HydraViT(nn.Module):
         x = x[:, self.num_prefix_tokens :]
         return x.mean(1) if self.global_pool == "avg" else x.amax(1)
 
+    def hidden_states(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, tokens, embed_dim) each: what goes into the layers and what each gives, before the last norm."""
+        h, grid = self._embedded(x, condition)
+        return self._encoded(h, grid, condition, range(len(self.encoder.layers) + 1)).unbind(2)
+
     def forward_intermediates(
         self,
         x: Tensor,
