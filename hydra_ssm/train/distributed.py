@@ -42,6 +42,7 @@ class Team:
                 raise UserError(f"{name} must not be set: start the processes alone, and choose by --sharding")
         from accelerate import PartialState  # type: ignore[import-untyped]
 
+        _meet()
         PartialState(cpu=not torch.cuda.is_available())
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
 
@@ -54,6 +55,7 @@ class Team:
     def talking(self) -> Iterator[None]:
         """All but the first are silent, and what they raise after an agreement ends them with its exit code alone."""
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # Trainer's, of torch
             if not self.first:
                 warnings.simplefilter("ignore")
             try:
@@ -121,6 +123,21 @@ class Team:
         value = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(value, group=self.group)
         return value.tolist()
+
+
+def _meet() -> None:
+    """The processes find each other.
+
+    On one machine, torchrun keeps its store when it starts processes anew, with the addresses of those that died.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def _agreed(text: str, user: bool) -> Exception:

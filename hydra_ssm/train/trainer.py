@@ -48,7 +48,8 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     args = TrainingArguments(
         output_dir=str(folder),
-        use_cpu=not cuda and several(),  # else Trainer takes such processes for strangers
+        use_cpu=not cuda and (several() or in_bf16(recipe)),  # otherwise Trainer takes several processes for strangers
+        log_level_replica="error",
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size // recipe.accumulate,
         gradient_accumulation_steps=recipe.accumulate,
