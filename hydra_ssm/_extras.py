@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
-Extra = Literal["text", "train", "vision"]
+Extra = Literal["text", "train", "vision", "export"]
 
 
 def require(name: str, extra: Extra) -> ModuleType:

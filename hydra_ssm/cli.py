@@ -23,6 +23,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   data prepare turn text of any size into shards of tokens for pretrain
   fill-mask    show the likeliest words for each [MASK] of a text
   embed        write a vector for each paragraph of a file
+  export       write a model as an ONNX or torch.export file that runs without this library
   inspect      draw the matrices that a model mixes a sentence with
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention

@@ -222,7 +222,8 @@ class MatrixMixer(nn.Module):
             self.runs, convolved.split([sum(sizes) for _, sizes in self.runs], dim=-1), strict=True
         ):
             parts += (F.silu(run) if activated and not self.all_activated else run).split(sizes, dim=-1)
-        parts += rest.split([f.size for f in computed if not f.conv], dim=-1)
+        dry = [f.size for f in computed if not f.conv]
+        parts += rest.split(dry, dim=-1) if dry else ()  # a split into nothing is no operation that can be saved
         x = parts[0].unflatten(-1, (self.settings.nheads, self.settings.headdim))
         features = {f.name: t.unflatten(-1, f.shape) for f, t in zip(computed, parts[1:], strict=True)}
         parameters = {name: read(self, name) for name in self.own}

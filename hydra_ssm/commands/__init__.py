@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .comparing import compare, compare_prepare
 from .measuring import ablate, bench
-from .models import convert, embed, fill_mask, inspect
+from .models import convert, embed, export, fill_mask, inspect
 from .training import data_prepare, pretrain
 from .tuning import finetune, glue
 
@@ -14,6 +14,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pretrain": pretrain,
     "fill-mask": fill_mask,
     "embed": embed,
+    "export": export,
     "inspect": inspect,
     "convert": convert,
     "bench": bench,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -47,8 +47,13 @@ def embed(
     /,
     *,
     out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: FILE.npy)")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, arg(help_behavior_hint="(default: as saved)")
+    ] = None,
 ) -> None:
     """Write a vector for each paragraph of a file, and show which paragraphs are most alike.
+
+    Paragraphs of any lengths go through the model back to back, without padding; docs/serving.md has the speed.
 
     In use:
         hydra-ssm embed runs/mine notes/today.md
@@ -57,8 +62,10 @@ def embed(
         model: A folder that pretrain or convert wrote.
         file: Text whose paragraphs blank lines separate; without blank lines, each line is one.
         out: The array (paragraphs, width) of float32, to load with numpy.
+        dtype: What the model computes in; means are float32.
     """
     import numpy as np
+    import torch
 
     from ..text.inference import TextModel, nearest_pairs, paragraphs
     from ..text.reading import read_text
@@ -68,7 +75,7 @@ def embed(
     if not out.parent.is_dir():
         raise ValueError(f"the folder of --out must exist, there is no {out.parent}")
     texts = paragraphs(read_text(file))
-    vectors = TextModel(model).embed(texts)
+    vectors = TextModel(model, dtype and getattr(torch, dtype)).embed(texts)
     with whole_file(out) as part, part.open("wb") as stream:
         np.save(stream, vectors.numpy())
     print(f"wrote {out}: {len(texts)} texts, {vectors.shape[1]} numbers each")
@@ -76,41 +83,100 @@ def embed(
         print(f"\nalike by {similarity:.2f}:\n  {_shortened(texts[first])}\n  {_shortened(texts[second])}")
 
 
+def export(
+    model: Annotated[Positional[Path], arg(metavar="DIR")],
+    /,
+    *,
+    format: Literal["onnx", "torch"] = "onnx",
+    embed: bool = False,
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: DIR/model.onnx or .pt2)")] = None,
+) -> None:
+    """Write a model as one file that runs without this library, for any batch and length, and check it.
+
+    The file takes input_ids, attention_mask and token_type_ids, (batch, length) of int64 each, and gives what the model
+    was trained for: logits, of words, classes or tags. The tokenizer in DIR makes its inputs.
+
+    In use:
+        hydra-ssm export runs/mine
+        hydra-ssm export runs/mine --format torch --out mine.pt2
+
+    Args:
+        model: A folder that pretrain, finetune or convert wrote.
+        format: onnx, for onnxruntime and others; torch, for torch.export.load.
+        embed: Export the encoder alone: last_hidden_state, and sentence_embedding, the mean of each text's tokens.
+        out: The file.
+    """
+    import torch
+
+    from .. import text
+    from ..text import export as to
+    from ..text.inference import load, saved_kind
+    from ..train.checkpoints import whole_file
+
+    kind = "HydraModel" if embed else saved_kind(model)
+    if kind not in to.OUTPUTS:
+        raise ValueError(f"what is exported must be one of {', '.join(to.OUTPUTS)}, got {kind}: try --embed")
+    out = out or model / ("model.onnx" if format == "onnx" else "model.pt2")
+    if not out.parent.is_dir():
+        raise ValueError(f"the folder of --out must exist, there is no {out.parent}")
+    source, _, _ = load(model, getattr(text, kind), dtype=torch.float32)
+    write, read = (to.write_onnx, to.read_onnx) if format == "onnx" else (to.write_torch, to.read_torch)
+    with whole_file(out) as part:
+        write(source, part)
+        error = to.difference(source, read(part))
+        if not error < 1e-3:
+            raise RuntimeError(f"the exported file must compute what the model does, it differs by {error:.1e}")
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB, gives {', '.join(to.OUTPUTS[kind])}")
+    print(f"checked at batches and lengths that the exporter had not seen: it differs from the model by {error:.1e}")
+
+
 def inspect(
     model: Annotated[Positional[Path], arg(metavar="DIR")],
-    text: Annotated[Positional[str], arg(metavar="TEXT")],
+    text: Annotated[Positional[str], arg(metavar="TEXT|PICTURE")],
     /,
     *,
     layers: Annotated[tuple[str, ...] | None, arg(metavar="N ...", help_behavior_hint="(default: all)")] = None,
     heads: Annotated[tuple[str, ...] | None, arg(metavar="N ...", help_behavior_hint="(default: all)")] = None,
+    patches: Annotated[tuple[str, ...] | None, arg(metavar="R,C ...", help_behavior_hint="(default: three)")] = None,
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: DIR/inspect)")] = None,
 ) -> None:
-    """Draw the matrices that a model mixes the tokens of a text with, and check their ranks.
+    """Draw the matrices that a model mixes the tokens of a text, or patches of a picture, with, and check their ranks.
 
     A mixer computes y = M x along the tokens: row i of M, one matrix for each layer and head, says how much token i
     reads from each token, as attention maps do for a Transformer. matrices.png shows them in a grid; matrices.html is a
     page that works offline in any browser: choose layer and head, point at a weight to see both tokens and its value.
     Red is positive, blue negative. The table beside them tells the ranks of M's blocks below and above the diagonal,
     what the class of matrices promises of them, and whether the class is sequence aligned; docs/theory.md explains
-    both.
+    both. With an image model maps.png shows, over the picture: the features of each layer, how much each patch is read,
+    and what single patches read.
 
     In use:
         hydra-ssm inspect runs/mine "The statement is executed when the condition is true."
         hydra-ssm inspect runs/mine "A sentence." --layers 0 2-3 --heads 5 --out pictures
+        hydra-ssm inspect runs/flowers rose.jpg --patches 3,4 10,2
 
     Args:
-        model: A folder that pretrain wrote, or save_pretrained with the model and its tokenizer.
-        text: A sentence or a few; up to 512 tokens, fewer where the model has learned positions.
+        model: A folder that pretrain or image train wrote, or save_pretrained with the model and its tokenizer.
+        text: A sentence or a few, up to 512 tokens, fewer where the model has learned positions; or a picture's file.
         layers: Numbers from 0 and ranges of them; of many layers the picture shows 12.
         heads: Numbers from 0 and ranges of them; of many heads the picture shows 8.
-        out: A folder for matrices.png and matrices.html. Those of an earlier call are replaced, other files never.
+        patches: Rows and columns, from 0, of patches whose reading maps.png shows.
+        out: A folder for matrices.png, .html and maps.png. Those of an earlier call are replaced, other files never.
     """
     require("matplotlib", "train")
+    from ..inspection.images import holds_image_model, inspect_picture, places
     from ..inspection.report import inspect as look
     from ..inspection.report import numbers
 
     chosen = {name: numbers(name, given) for name, given in (("layers", layers), ("heads", heads)) if given}
-    print(look(model, text, out=out or model / "inspect", **chosen))
+    out = out or model / "inspect"
+    if holds_image_model(model):
+        require("timm", "vision")
+        print(inspect_picture(model, Path(text), out=out, patches=places(patches) if patches else None, **chosen))
+        return
+    if patches:
+        raise ValueError(f"--patches are of pictures, and {model} holds no image model")
+    print(look(model, text, out=out, **chosen))
 
 
 def convert(

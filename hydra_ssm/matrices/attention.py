@@ -46,7 +46,10 @@ class Attention(StructuredMatrix):
             return self._multiply_packed(x, self.documents, self.documents.cu_seqlens)
         width = max(x.shape[3], self.q.shape[3])  # other than of one width, the CPU's kernel refuses them
         q, k, v = (rearrange(_widened(t, width), "b l h d -> b h l d") for t in (self.q, self.k, x))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self._keys(), scale=self.q.shape[3] ** -0.5)
+        keys = self._keys()
+        if keys is not None and torch.compiler.is_exporting():  # spread by itself, it holds for any length
+            keys = keys.expand(-1, -1, x.shape[1], -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=self.q.shape[3] ** -0.5)
         return rearrange(y[..., : x.shape[3]], "b h l p -> b l h p")
 
     def _multiply_packed(self, x: Tensor, documents: Documents, offsets: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:
     """Whether kernels compute what begins with x; misfit says what they need and do not get.
 
-    None chooses them on CUDA where nothing misfits. Who names them gets them or the reason: ValueError for a misfit,
-    ImportError where Triton is not installed.
+    None chooses them on CUDA where nothing misfits, but not for a program that is to run elsewhere. Who names them gets
+    them or the reason: ValueError for a misfit, ImportError where Triton is not installed.
     """
     if impl is None:
-        return x.is_cuda and HAS_TRITON and misfit() is None
+        return x.is_cuda and HAS_TRITON and not torch.compiler.is_exporting() and misfit() is None
     if impl != "triton":
         return False
     if not HAS_TRITON:

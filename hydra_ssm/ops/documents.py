@@ -39,8 +39,10 @@ class Documents:
 
     @property
     def positions(self) -> Tensor:
-        """(B, L) index of each token in its document."""
+        """(B, L) index of each token in its document, something below L at padding."""
         place = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        if not self.packed:
+            return place.where(self.valid, 0)
         return place - place.where(starts(self.ids), 0).cummax(1).values
 
     @cached_property

@@ -37,7 +37,7 @@ def plain(x: Tensor, triangles: Sequence[Triangle], ids: Tensor | None, chunk_si
         weight, decay, read = to_and_from_states(block, row, column, docs, batch)
         state = _entering(_leaving(xs, block.B, weight), decay, batch, t.upper)
         y = y + _within(xs, block, row, column, docs) + read[..., None] * _from_state(block.C, state, xs)
-    y = y.reshape(batch, -1, *x.shape[2:])[:, :length]
+    y = y.reshape(batch, -1, *x.shape[2:])[:, torch.arange(length, device=x.device)]  # a slice bounds the length
     return (y + from_initial(x, triangles, ids)).to(x.dtype)
 
 

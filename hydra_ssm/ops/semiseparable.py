@@ -35,7 +35,8 @@ def semiseparable(
         diagonal: (B, L, H), or None for none besides the triangles' own.
         impl: "triton" (kernels, for one triangle, or two of a kind that read opposite ways), "chunked" (O(L), eager),
             "plain" (the same in operations that can be exported), "dense" (O(L^2)) or "recurrent" (O(L) steps, the
-            oracle). None takes "triton" on CUDA where it can, else "chunked".
+            oracle). None takes "plain" in torch.export, "triton" on CUDA where it can, else
+            "chunked".
 
     Raises:
         ValueError: shapes do not fit, or what impl names cannot take these triangles.
@@ -47,7 +48,7 @@ def semiseparable(
     ids = None if documents is None else documents.ids
     if takes_triton(impl, x, lambda: _misfit(x, triangles)):
         return _fused(x, triangles, ids, diagonal)
-    y = EAGER[impl or "chunked"](x, triangles, ids)
+    y = EAGER[impl or ("plain" if torch.compiler.is_exporting() else "chunked")](x, triangles, ids)
     return y if diagonal is None else y + (diagonal[..., None] * x).to(x.dtype)
 
 

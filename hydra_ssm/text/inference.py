@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import HydraConfig
 from .heads import HydraForMaskedLM
 from .messages import quiet
+from .models import HydraPreTrainedModel
 from .tokenizer import load_tokenizer
 
 OF_HEADS = ("head.", "decoder.", "pooler.", "classifier.")  # begin the names of their weights
@@ -24,7 +25,7 @@ PAIRS = 1 << 22  # of vectors that are compared at once
 UNREADABLE = (
     OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError
 )  # fmt: skip
-TOKENS = 8192  # in a batch of texts to embed, padding included
+TOKENS = 8192  # in a row of texts to embed
 
 
 class Filling(NamedTuple):
@@ -34,35 +35,55 @@ class Filling(NamedTuple):
     probability: float
 
 
-class TextModel:
-    """A model and its tokenizer from a folder that `save_pretrained` or `hydra-ssm pretrain` wrote.
+def load(
+    folder: Path, kind: type[HydraPreTrainedModel], **options: Any
+) -> tuple[HydraPreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """The model of a folder that `save_pretrained` or `hydra-ssm pretrain` wrote as one of `kind`, its tokenizer, and
+    whether the folder lacks weights of its head. `options` go to `from_pretrained`.
 
     Raises ValueError where the folder holds no such model, or weights that are not those of its configuration.
     """
-
-    def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            unfinished = (folder / "training" / "recipe.json").is_file()
-            hint = (
-                f": its run has not ended, go on with hydra-ssm pretrain --out {folder} --resume" if unfinished else ""
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        unfinished = (folder / "training" / "recipe.json").is_file()
+        hint = f": its run has not ended, go on with hydra-ssm pretrain --out {folder} --resume" if unfinished else ""
+        raise ValueError(f"{folder} must hold a model (config.json and model.safetensors), it does not{hint}")
+    try:
+        found = _config(folder).get("model_type")
+        if found != HydraConfig.model_type:
+            raise ValueError(f"the model_type of config.json must be {HydraConfig.model_type}, got {found}")
+        with quiet():
+            loaded: Any = kind.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-            raise ValueError(f"{folder} must hold a model (config.json and model.safetensors), it does not{hint}")
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if kind != HydraConfig.model_type:
-                raise ValueError(f"the model_type of config.json must be {HydraConfig.model_type}, got {kind}")
-            with quiet():
-                found: Any = HydraForMaskedLM.from_pretrained(
-                    folder, output_loading_info=True, ignore_mismatched_sizes=True
-                )
-                self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-            model, report = found
-            _check_weights(report)
-        except UNREADABLE as error:
-            reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-            raise ValueError(f"{folder} holds no model that can be read: {str(reason).splitlines()[0]}") from error
-        self.model: HydraForMaskedLM = model.eval()
-        self.lacks_head = bool(report["missing_keys"])  # as the encoder of a classifier
+            tokenizer = load_tokenizer(folder)
+        model, report = loaded
+        _check_weights(report)
+    except UNREADABLE as error:
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise ValueError(f"{folder} holds no model that can be read: {str(reason).splitlines()[0]}") from error
+    return model.eval(), tokenizer, bool(report["missing_keys"])
+
+
+def saved_kind(folder: Path) -> str:
+    """The name of the class that a folder's model was saved from; that of a masked language model where none says."""
+    try:
+        return str((_config(folder).get("architectures") or [HydraForMaskedLM.__name__])[0])
+    except UNREADABLE:
+        return HydraForMaskedLM.__name__  # whoever loads it says what is wrong
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+class TextModel:
+    """A model and its tokenizer from a folder: see `load`. dtype: None computes in the one that was saved."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        options = {} if dtype is None else {"dtype": dtype}
+        found, self.tokenizer, self.lacks_head = load(folder, HydraForMaskedLM, **options)  # as a classifier's encoder
+        assert isinstance(found, HydraForMaskedLM)
+        self.model = found
 
     @torch.no_grad()
     def fill(self, text: str, top: int) -> list[list[Filling]]:
@@ -87,25 +108,40 @@ class TextModel:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(texts, hidden_size) float32: the mean of each text's token vectors. Raises ValueError for no text."""
+        """(texts, hidden_size) float32: the mean of each text's token vectors. Raises ValueError for no text.
+
+        Texts are packed back to back in rows without any padding; a longer one than a row has one to itself.
+        """
         if not texts:
             raise ValueError("there must be a text to embed, got none")
         ids = self.tokenizer(list(texts), **self._limit())["input_ids"]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike lengths together: little padding
         vectors = torch.empty(len(ids), self.model.config.hidden_size)
-        while order:
-            size = max(1, TOKENS // len(ids[order[min(len(order), 64) - 1]]))
-            some, order = order[: min(size, 64)], order[min(size, 64) :]
-            batch = self.tokenizer.pad({"input_ids": [ids[i] for i in some]}, return_tensors="pt")
-            mask = batch["attention_mask"]
-            hidden = self.model.model(batch["input_ids"], mask).last_hidden_state.float()
-            vectors[some] = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        for row in packed_rows([len(text) for text in ids], TOKENS):
+            lengths = torch.tensor([len(ids[i]) for i in row])
+            tokens = torch.tensor([token for i in row for token in ids[i]])
+            ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)) if len(row) > 1 else None
+            hidden = self.model.model(tokens[None], cu_seqlens=ends).last_hidden_state[0].float()
+            text = torch.arange(len(row)).repeat_interleave(lengths)
+            vectors[row] = torch.zeros(len(row), hidden.shape[1]).index_add(0, text, hidden) / lengths[:, None]
         return vectors
 
     def _limit(self) -> dict[str, object]:
         """Texts are cut where the model has learned positions up to a maximum, and else not at all."""
         longest = self.model.config.max_position_embeddings
         return {"truncation": True, "max_length": longest} if longest > 0 else {}
+
+
+def packed_rows(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Which of these lengths share a row of at most `most`: like ones, longest first, as some mixers pad documents."""
+    rows: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not rows or lengths[i] > room:
+            rows.append([])
+            room = most
+        rows[-1].append(i)
+        room -= lengths[i]
+    return rows
 
 
 def _check_weights(report: Mapping[str, Iterable[Any]]) -> None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertForMaskedLM, PreTrainedModel
 
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, HydraForSequenceClassification, HydraModel, inference
-from hydra_ssm.text.inference import PAIRS, TextModel, nearest_pairs, paragraphs
+from hydra_ssm.text.inference import PAIRS, TextModel, nearest_pairs, packed_rows, paragraphs
 from hydra_ssm.text.reading import read_text
 from hydra_ssm.text.tokenizer import load_tokenizer
 
@@ -110,6 +110,52 @@ def test_a_configuration_that_makes_no_model_is_refused(changed: dict[str, Any],
     folder = save(HydraForMaskedLM(TINY), tmp_path, **changed)
     with pytest.raises(ValueError, match=f"holds no model that can be read: .*{reason}"):
         TextModel(folder)
+
+
+TEXTS = ["the cat sat", "a", "", "the mat . " * 9, "on the mat the cat sat .", "sat", "the cat " * 40]
+KINDS = {
+    "hydra": {},
+    "attention": {"mixers": "attention", "position_embeddings": True, "max_position_embeddings": 90},
+    "fixed": {"mixers": {"matrix": "low_rank", "data_dependent": False}, "max_position_embeddings": 90},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 40, 8192])
+def test_texts_packed_in_rows_are_embedded_as_one_by_one(
+    kind: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = HydraModel(HydraConfig(**(TINY.to_diff_dict() | KINDS[kind]))).eval()
+    found = TextModel(save(source, tmp_path))
+    monkeypatch.setattr(inference, "TOKENS", tokens)
+    ids = [found.tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        expected = torch.cat([source.double()(i).last_hidden_state.mean(1) for i in ids])
+    torch.testing.assert_close(found.embed(TEXTS).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_hold_every_text_once_no_padding_and_no_more_than_they_may() -> None:
+    lengths = [*torch.randint(1, 60, (500,)).tolist(), 300]
+    rows = packed_rows(lengths, 256)
+    assert sorted(i for row in rows for i in row) == list(range(501))
+    assert rows[0] == [500]  # longer than a row: alone
+    sums = [sum(lengths[i] for i in row) for row in rows[1:]]
+    assert max(sums) <= 256
+    assert min(sums[:-1]) > 256 - 60
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_embeddings_by_its_rounding_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save(HydraModel(TINY), tmp_path)
+    exact, half = TextModel(folder), TextModel(folder, dtype)
+    assert {p.dtype for n, p in half.model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D"))} == {
+        torch.float32
+    }
+    assert half.model.model.embeddings.word_embeddings.weight.dtype == dtype
+    vectors = half.embed(TEXTS)
+    assert vectors.dtype == torch.float32
+    # A handful of roundings of values of size one, as LayerNorm leaves them.
+    torch.testing.assert_close(vectors, exact.embed(TEXTS), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("model", [HydraForSequenceClassification, HydraModel])

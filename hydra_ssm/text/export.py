@@ -1,0 +1,134 @@
+"""Models as programs that run without this library, for any batch and length: torch.export and ONNX."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as tracing
+
+from .._extras import imports_unannounced, require
+from ..mixer import MatrixMixer
+from .config import HydraConfig
+from .models import HydraPreTrainedModel
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # (batch, length) int64 each
+OUTPUTS = {
+    "HydraForMaskedLM": ("logits",),
+    "HydraForSequenceClassification": ("logits",),
+    "HydraForTokenClassification": ("logits",),
+    "HydraForQuestionAnswering": ("start_logits", "end_logits"),
+    "HydraModel": ("last_hidden_state", "sentence_embedding"),
+}
+ANY = 1 << 31  # tokens or texts; more than will come
+SHORTEST = 2  # a text without words is [CLS] [SEP]
+UNSEEN = ((1, 2), (1, 129), (3, 40))  # batches and lengths that an exported program is checked at
+
+
+class Program(nn.Module):
+    """A model as a function of its INPUTS, with a tuple of its OUTPUTS; an embedding is the mean of a text's tokens."""
+
+    def __init__(self, model: HydraPreTrainedModel) -> None:
+        super().__init__()
+        if type(model).__name__ not in OUTPUTS:
+            raise ValueError(f"what is exported must be one of {', '.join(OUTPUTS)}, got {type(model).__name__}")
+        self.model = model
+        self.outputs = OUTPUTS[type(model).__name__]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        found = dict(self.model(input_ids, attention_mask, token_type_ids))
+        if "sentence_embedding" in self.outputs:
+            h, mask = found["last_hidden_state"], attention_mask.bool()  # h is zero at padding
+            found["sentence_embedding"] = h.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return tuple(found[name] for name in self.outputs)
+
+
+def export(model: HydraPreTrainedModel) -> ExportedProgram:
+    """The model, on the CPU, as a program of INPUTS for any batch and any length from SHORTEST on.
+
+    Raises ValueError for a model of another kind, or with matrices that do not export with a dynamic length.
+    """
+    longest = longest_document(model)
+    sizes = {0: Dim("batch", min=1, max=ANY), 1: Dim("length", min=SHORTEST, max=longest)}
+    example = example_inputs(model.config, 2, min(70, longest - 1))
+    try:
+        # Without this, tracing would tell sizes of 1 from others, and refuse them.
+        with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(
+                Program(model).eval(), example, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False
+            )
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        mixers = sorted({m.matrix_class.__name__ for m in model.modules() if isinstance(m, MatrixMixer)})
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"a model of {', '.join(mixers)} does not export with a dynamic length: {reason}") from error
+
+
+def longest_document(model: HydraPreTrainedModel) -> int:
+    """Tokens that the model takes: as many as it learned positions for, where it learned any."""
+    fixed = any(isinstance(m, MatrixMixer) and not m.data_dependent for m in model.modules())
+    return int(model.config.max_position_embeddings) if fixed or model.config.position_embeddings else ANY
+
+
+def example_inputs(config: HydraConfig, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chance tokens for INPUTS, the same every time; the last row of several is padded."""
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[-1, length - length // 3 :] = 0
+    return ids, mask, torch.zeros_like(ids)
+
+
+def write_torch(model: HydraPreTrainedModel, path: Path) -> None:
+    """A file that `torch.export.load(path).module()` makes a function of INPUTS again. Errors as of `export`."""
+    with path.open("wb") as stream:
+        torch.export.save(export(model), stream)
+
+
+def write_onnx(model: HydraPreTrainedModel, path: Path) -> None:
+    """An ONNX file with INPUTS and the model's OUTPUTS. Errors as of `export`."""
+    require("onnxscript", "export")
+    axes = {name: {0: "batch", 1: "length"} for name in INPUTS}
+    names = OUTPUTS[type(model).__name__]
+    program = export(model)
+    with imports_unannounced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own ways
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, output_names=names, dynamic_shapes=axes, optimize=False
+        )
+    assert made is not None
+    made.save(path)
+
+
+def read_torch(path: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """What `write_torch` wrote, as a function of INPUTS."""
+    with path.open("rb") as stream:
+        return torch.export.load(stream).module()
+
+
+def read_onnx(path: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """What `write_onnx` wrote, as a function of INPUTS that onnxruntime computes on the CPU."""
+    session: Any = require("onnxruntime", "export").InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        feed = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=True)}
+        return tuple(torch.from_numpy(found) for found in session.run(None, feed))
+
+    return run
+
+
+def difference(model: HydraPreTrainedModel, run: Callable[..., tuple[Tensor, ...]]) -> float:
+    """The largest difference of a program's outputs from the model's, at batches and lengths that it has not seen."""
+    worst = 0.0
+    longest = longest_document(model)
+    for batch, length in UNSEEN:
+        inputs = example_inputs(model.config, batch, min(length, longest))
+        with torch.no_grad():
+            expected = Program(model)(*inputs)
+        for found, wanted in zip(run(*inputs), expected, strict=True):
+            worst = max(worst, (found - wanted).abs().max().item())
+    return worst

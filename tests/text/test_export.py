@@ -1,0 +1,111 @@
+"""Exported files compute what the model does, at batches and lengths that the exporter has not seen."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import tiny, words
+from test_inference import save
+
+from hydra_ssm.cli import main
+from hydra_ssm.text import (
+    HydraForMaskedLM,
+    HydraForMultipleChoice,
+    HydraForSequenceClassification,
+    HydraForTokenClassification,
+    HydraModel,
+    HydraPreTrainedModel,
+)
+from hydra_ssm.text.export import OUTPUTS, export, read_onnx, write_onnx, write_torch
+
+ONE = {"num_hidden_layers": 1}  # a layer: exporters take seconds for each
+SIZES = ((1, 2), (1, 3), (2, 64), (4, 65), (1, 150))
+
+ALONE = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+inputs, expected = torch.load(sys.argv[2])
+for found, wanted in zip(map(lambda i: program(*i), inputs), expected, strict=True):
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+assert not any(name.startswith("hydra_ssm") for name in sys.modules)
+"""
+
+
+def inputs(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    """Tokens of two types, with padding anywhere but at a row's first token."""
+    mask = torch.rand(batch, length) > 0.2
+    mask[:, 0] = True
+    return words(batch, length), mask.long(), (torch.arange(length) > length // 2).long().expand(batch, -1)
+
+
+def exact(source: HydraPreTrainedModel, given: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """What float64 gives; sentence embeddings of each text alone, without its padding."""
+    model = copy.deepcopy(source).double()
+    with torch.no_grad():
+        found = dict(model(*given))
+        if "last_hidden_state" in found:
+            alone = [
+                model(ids[mask > 0][None], token_type_ids=types[mask > 0][None])
+                for ids, mask, types in zip(*given, strict=True)
+            ]
+            found["sentence_embedding"] = torch.cat([text.last_hidden_state.mean(1) for text in alone])
+    return [found[name] for name in OUTPUTS[type(model).__name__]]
+
+
+def check(source: HydraPreTrainedModel, file: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    run = read_onnx(file)
+    for given in [inputs(*size) for size in sizes]:
+        for found, wanted in zip(run(*given), exact(source, given), strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [("hydra", HydraForMaskedLM), ("hydra", HydraModel), ("bert", HydraForSequenceClassification)],
+)
+def test_onnxruntime_computes_the_model_at_any_batch_and_length(
+    kind: str, model: type[HydraPreTrainedModel], tmp_path: Path
+) -> None:
+    source = model(tiny(kind, num_labels=3, **ONE)).eval()
+    write_onnx(source, tmp_path / "model.onnx")
+    check(source, tmp_path / "model.onnx", SIZES if kind == "hydra" else ((1, 2), (3, 5), (2, 12)))
+
+
+def test_a_torch_file_runs_where_this_library_is_not(tmp_path: Path) -> None:
+    source = HydraForSequenceClassification(tiny("hydra", **ONE)).eval()
+    write_torch(source, tmp_path / "model.pt2")
+    given = [inputs(*size) for size in SIZES]
+    torch.save((given, [tuple(w.float() for w in exact(source, i)) for i in given]), tmp_path / "expected.pt")
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "model.pt2"), str(tmp_path / "expected.pt")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_matrices_whose_product_needs_a_length_are_named() -> None:
+    model = HydraModel(tiny("hydra", mixers="toeplitz", max_position_embeddings=64, **ONE)).eval()
+    with pytest.raises(ValueError, match="a model of Toeplitz does not export with a dynamic length"):
+        export(model)
+
+
+def test_a_model_of_many_choices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must be one of HydraForMaskedLM, .*, got HydraForMultipleChoice"):
+        export(HydraForMultipleChoice(tiny(**ONE)))
+
+
+def test_the_command_writes_what_the_model_was_trained_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = HydraForTokenClassification(tiny("bert", num_labels=3, **ONE)).eval()
+    save(source, tmp_path)
+    capsys.readouterr()  # what transformers shows
+    assert main(["export", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert "model.onnx: " in shown.out
+    assert ", gives logits\n" in shown.out
+    assert "it differs from the model by " in shown.out
+    assert shown.err == ""
+    check(source, tmp_path / "model.onnx", ((1, 2), (3, 5), (2, 12)))
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "no" / "model.onnx")]) == 2
+    assert "the folder of --out must exist" in capsys.readouterr().err
