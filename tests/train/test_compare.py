@@ -235,7 +235,7 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
         [sys.executable, "-c", CALL, str(folder), str(killed), json.dumps(TINY | {"stages": ["tokens"]})],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(killed.glob("checkpoints/tokens-hydra-seed-0/checkpoint-*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
