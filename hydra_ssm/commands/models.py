@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -87,47 +87,79 @@ def export(
     model: Annotated[Positional[Path], arg(metavar="DIR")],
     /,
     *,
-    format: Literal["onnx", "torch"] = "onnx",
+    format: Literal["onnx", "torch", "int8"] = "onnx",
     embed: bool = False,
-    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: DIR/model.onnx or .pt2)")] = None,
+    out: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: in DIR)")] = None,
 ) -> None:
-    """Write a model as one file that runs without this library, for any batch and length, and check it.
+    """Write a model in another form: a file that runs without this library, or a smaller folder.
 
-    The file takes input_ids, attention_mask and token_type_ids, (batch, length) of int64 each, and gives what the model
-    was trained for: logits, of words, classes or tags. The tokenizer in DIR makes its inputs.
+    A file, onnx or torch, takes input_ids, attention_mask and token_type_ids, int64 of any batch and length, and gives
+    what the model was trained for: logits of words, classes or tags. The tokenizer in DIR makes its inputs. What was
+    written is read again and compared with the model. docs/serving.md shows how it is used.
 
     In use:
         hydra-ssm export runs/mine
         hydra-ssm export runs/mine --format torch --out mine.pt2
+        hydra-ssm export runs/mine --format int8 --out runs/mine-int8
 
     Args:
         model: A folder that pretrain, finetune or convert wrote.
-        format: onnx, for onnxruntime and others; torch, for torch.export.load.
+        format: onnx, for onnxruntime and others; torch, for torch.export.load; int8, a folder whose linear layers are
+            kept as 8-bit numbers, for from_pretrained and this command's others, where torchao is installed.
         embed: Export the encoder alone: last_hidden_state, and sentence_embedding, the mean of each text's tokens.
-        out: The file.
+        out: The file or new folder: model.onnx, model.pt2 or int8 in DIR.
     """
-    import torch
-
     from .. import text
     from ..text import export as to
-    from ..text.inference import load, saved_kind
-    from ..train.checkpoints import whole_file
+    from ..text.inference import saved_kind
 
     kind = "HydraModel" if embed else saved_kind(model)
     if kind not in to.OUTPUTS:
         raise ValueError(f"what is exported must be one of {', '.join(to.OUTPUTS)}, got {kind}: try --embed")
-    out = out or model / ("model.onnx" if format == "onnx" else "model.pt2")
+    out = out or model / {"onnx": "model.onnx", "torch": "model.pt2", "int8": "int8"}[format]
     if not out.parent.is_dir():
         raise ValueError(f"the folder of --out must exist, there is no {out.parent}")
-    source, _, _ = load(model, getattr(text, kind), dtype=torch.float32)
+    if format == "int8":
+        _export_folder(model, getattr(text, kind), out)
+    else:
+        _export_file(model, getattr(text, kind), out, format)
+
+
+def _export_file(model: Path, kind: Any, out: Path, format: str) -> None:
+    import torch
+
+    from ..text import export as to
+    from ..text.inference import load
+    from ..train.checkpoints import whole_file
+
+    source, _, lacks_head = load(model, kind, dtype=torch.float32)
+    if lacks_head:
+        raise ValueError(f"{model} must hold all of a {kind.__name__}, it lacks weights of its head: try --embed")
     write, read = (to.write_onnx, to.read_onnx) if format == "onnx" else (to.write_torch, to.read_torch)
     with whole_file(out) as part:
         write(source, part)
         error = to.difference(source, read(part))
         if not error < 1e-3:
             raise RuntimeError(f"the exported file must compute what the model does, it differs by {error:.1e}")
-    print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB, gives {', '.join(to.OUTPUTS[kind])}")
+    print(f"wrote {out}: {out.stat().st_size / 1e6:.1f} MB, gives {', '.join(to.OUTPUTS[kind.__name__])}")
     print(f"checked at batches and lengths that the exporter had not seen: it differs from the model by {error:.1e}")
+
+
+def _export_folder(model: Path, kind: Any, out: Path) -> None:
+    import torch
+
+    from ..text import export as to
+    from ..text.inference import load
+    from ..train.checkpoints import whole_folder
+
+    if out.exists():
+        raise ValueError(f"--out must be new, {out} exists")
+    with whole_folder(out) as part:
+        to.write_int8(model, kind, part)
+    exact, less = load(model, kind, dtype=torch.float32)[0], load(out, kind)[0]
+    error = to.difference(exact, to.Program(less))
+    before, after = ((folder / "model.safetensors").stat().st_size / 1e6 for folder in (model, out))
+    print(f"wrote {out}: weights of {after:.1f} MB, before {before:.1f} MB; outputs move by up to {error:.1e}")
 
 
 def inspect(

@@ -15,6 +15,8 @@ from torch.fx.experimental import _config as tracing
 from .._extras import imports_unannounced, require
 from ..mixer import MatrixMixer
 from .config import HydraConfig
+from .inference import load
+from .messages import quiet
 from .models import HydraPreTrainedModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # (batch, length) int64 each
@@ -102,6 +104,26 @@ def write_onnx(model: HydraPreTrainedModel, path: Path) -> None:
         )
     assert made is not None
     made.save(path)
+
+
+def write_int8(folder: Path, kind: type[HydraPreTrainedModel], out: Path) -> None:
+    """A folder's model and tokenizer in another, which `from_pretrained` loads where torchao is installed.
+
+    The matrices of linear layers are kept as int8 with a scale for each row, and multiply as float32. All else stays as
+    it is, the embeddings and the decoder tied to them, classifiers, convolutions, norms, A_log, dt_bias and D.
+    """
+    with imports_unannounced():
+        require("torchao", "export")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["decoder", "classifier"])
+        model, tokenizer, lacks_head = load(folder, kind, dtype=torch.float32, quantization_config=config)
+        if lacks_head:
+            raise ValueError(f"{folder} must hold all of a {kind.__name__}, it lacks weights of its head")
+        with quiet():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
 
 
 def read_torch(path: Path) -> Callable[..., tuple[Tensor, ...]]:

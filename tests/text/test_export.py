@@ -21,6 +21,7 @@ from hydra_ssm.text import (
     HydraPreTrainedModel,
 )
 from hydra_ssm.text.export import OUTPUTS, export, read_onnx, write_onnx, write_torch
+from hydra_ssm.text.inference import TextModel
 
 ONE = {"num_hidden_layers": 1}  # a layer: exporters take seconds for each
 SIZES = ((1, 2), (1, 3), (2, 64), (4, 65), (1, 150))
@@ -109,3 +110,39 @@ def test_the_command_writes_what_the_model_was_trained_for(tmp_path: Path, capsy
     check(source, tmp_path / "model.onnx", ((1, 2), (3, 5), (2, 12)))
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "no" / "model.onnx")]) == 2
     assert "the folder of --out must exist" in capsys.readouterr().err
+
+
+def test_int8_keeps_the_linear_layers_in_a_quarter_and_all_else_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = HydraForMaskedLM(tiny("hydra", hidden_size=128, vocab_size=16)).eval()
+    folder, out = save(source, tmp_path / "model"), tmp_path / "int8"
+    capsys.readouterr()
+    assert main(["export", str(folder), "--format", "int8", "--out", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert "outputs move by up to " in shown.out
+    assert shown.err == ""
+    assert (out / "model.safetensors").stat().st_size < 0.35 * (folder / "model.safetensors").stat().st_size
+    found = HydraForMaskedLM.from_pretrained(out).eval()
+    before = dict(source.named_parameters())
+    for name, parameter in found.named_parameters():
+        if type(parameter.data) is torch.Tensor:
+            assert torch.equal(parameter, before[name]), name
+        else:
+            assert name.endswith(("proj.weight", "head.dense.weight")), name
+            scale = before[name].abs().amax(1, keepdim=True) / 127
+            assert ((parameter.data.dequantize() - before[name]).abs() <= 0.51 * scale).all(), name
+    given = inputs(2, 70)[0] % 16
+    with torch.no_grad():
+        wanted, less = source(given).logits, found(given).logits
+    assert 0 < (less - wanted).norm() / wanted.norm() < 0.02
+    embedded = [TextModel(f).embed(["the cat", "a mat"]) for f in (folder, out)]
+    torch.testing.assert_close(*embedded, rtol=0, atol=0.05)
+    assert main(["export", str(folder), "--format", "int8", "--out", str(out)]) == 2
+    assert "--out must be new" in capsys.readouterr().err
+
+
+def test_a_head_without_weights_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(HydraModel(tiny(**ONE, vocab_size=16)), tmp_path, architectures=["HydraForMaskedLM"])
+    assert main(["export", str(folder)]) == 2
+    assert "it lacks weights of its head: try --embed" in capsys.readouterr().err
