@@ -257,10 +257,10 @@ def test_a_rank_above_the_promise_stands_out_in_the_table(model):
 
 def test_a_page_that_is_too_small_for_every_layer_holds_some_of_them():
     mixings = [fake(torch.randn(4, 2, 2), layer) for layer in range(7)]
-    assert report._that_fit(mixings, 28, False) is mixings
-    held = report._that_fit(mixings, 27, False)
+    assert report.that_fit(mixings, 28, False) is mixings
+    held = report.that_fit(mixings, 27, False)
     assert [(m.layer, m.heads) for m in held] == [(layer, (0, 2, 3)) for layer in range(7)]
-    held = report._that_fit(mixings, 3, False)
+    held = report.that_fit(mixings, 3, False)
     assert [(m.layer, m.heads) for m in held] == [(0, (0,)), (3, (0,)), (6, (0,))]
     assert torch.equal(held[2].matrices[0], mixings[6].matrices[0][:1])
 

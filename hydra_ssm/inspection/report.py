@@ -37,19 +37,24 @@ def inspect(
     inputs, tokens = _tokens(model, text)
     with torch.no_grad():
         found = mixing_matrices(model.model.float(), layers=layers, heads=heads, **inputs)
-    broken = [mixing.layer for mixing in found if not all(M.isfinite().all() for M in mixing.matrices)]
-    if broken:
-        raise ValueError(f"the matrices of {folder} must be finite, those of layer {broken[0]} are not")
-    held = _that_fit(found, fits(len(tokens)), heads is not None)
-    shown = _overview(found, layers is None, heads is None)
+    check_finite(found, folder)
+    held = that_fit(found, fits(len(tokens)), heads is not None)
+    shown = overview(found, layers is None, heads is None)
     summary = f"{_plural(len(tokens), 'token')}, {_plural(len(found), 'layer')}\n\n{table(found)}"
     out.mkdir(parents=True, exist_ok=True)
     save(draw(shown, tokens), out / PNG)
     (out / HTML).write_text(page(held, tokens, title=text, summary=summary), encoding="utf-8")
-    return f"{summary}\n\nwrote {out / PNG}{_part(shown, found)}\nwrote {out / HTML}{_part(held, found)}"
+    return f"{summary}\n\nwrote {out / PNG}{part(shown, found)}\nwrote {out / HTML}{part(held, found)}"
 
 
-def _that_fit(found: Sequence[Mixing], room: int, chosen: bool) -> Sequence[Mixing]:
+def check_finite(found: Sequence[Mixing], folder: Path) -> None:
+    """Raise ValueError where a matrix is not."""
+    broken = [mixing.layer for mixing in found if not all(M.isfinite().all() for M in mixing.matrices)]
+    if broken:
+        raise ValueError(f"the matrices of {folder} must be finite, those of layer {broken[0]} are not")
+
+
+def that_fit(found: Sequence[Mixing], room: int, chosen: bool) -> Sequence[Mixing]:
     """What a page holds: all, or if that is more than the room, heads evenly chosen, or layers too if need be."""
     total = _count(found)
     if total <= room:
@@ -59,13 +64,13 @@ def _that_fit(found: Sequence[Mixing], room: int, chosen: bool) -> Sequence[Mixi
     return [_some_heads(mixing, max(1, room // len(found))) for mixing in _some(found, room)]
 
 
-def _overview(found: Sequence[Mixing], all_layers: bool, all_heads: bool) -> Sequence[Mixing]:
+def overview(found: Sequence[Mixing], all_layers: bool, all_heads: bool) -> Sequence[Mixing]:
     """What the picture shows: of what was not chosen, some."""
     shown = _some(found, OVERVIEW[0]) if all_layers else found
     return [_some_heads(mixing, OVERVIEW[1]) for mixing in shown] if all_heads else shown
 
 
-def _part(some: Sequence[Mixing], found: Sequence[Mixing]) -> str:
+def part(some: Sequence[Mixing], found: Sequence[Mixing]) -> str:
     count, total = _count(some), _count(found)
     return "" if count == total else f": {count} of {total} matrices, --layers and --heads choose others"
 
@@ -82,11 +87,11 @@ def numbers(what: str, given: Sequence[str]) -> list[int]:
     return sorted(found)
 
 
-def check_out(out: Path) -> None:
-    """Raise ValueError where the files cannot be written to `out` without the loss of somebody else's."""
+def check_out(out: Path, *more: str) -> None:
+    """Raise ValueError where the files, PNGs of `more` names too, cannot be written without the loss of others' own."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
-    for path, mark in ((out / PNG, SOFTWARE), (out / HTML, GENERATOR)):
+    for path, mark in ((out / HTML, GENERATOR), *((out / name, SOFTWARE) for name in (PNG, *more))):
         if path.exists() and not (path.is_file() and mark.encode() in path.read_bytes()[:2000]):
             raise ValueError(f"{path} is not of hydra-ssm inspect and will not be replaced: give another --out")
 
