@@ -110,7 +110,7 @@ def pretrain(
     from ..train.pretrain import pretrain as start
     from ..train.pretrain import resume as go_on
 
-    given = {name: value for name, value in asdict(settings).items() if value not in (None, False)}
+    given = {name: value for name, value in asdict(settings).items() if value is not None and value is not False}
     given |= {"sources": sources} if sources else {}
     out = out or Path("runs") / (preset or "hydra-tiny")
     if resume and overwrite:
