@@ -48,7 +48,7 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MISTAKES = {
-    "frobnicate": "the command must be one of pretrain, fill-mask, embed, inspect, convert, .* got frobnicate",
+    "frobnicate": "the command must be one of pretrain, fill-mask, embed, .* got frobnicate",
     "pretrain --stepz 3": "Unrecognized options: --stepz",
     "pretrain --steps few": "Error parsing --steps: no type matching INT could be instantiated from ['few']",
     "pretrain nowhere.txt": "there is no file or folder nowhere.txt",
