@@ -13,13 +13,14 @@ with imports_unannounced():
         require("transformers.modeling_utils", "text")
 
 from . import registry
+from .conditions import TimeStep
 from .dropin import DropIn
 from .models import HydraViT
 from .orders import ORDERS, places, reading
 
 MODELS = (*registry.HYDRA, *registry.DROP_IN)
 
-__all__ = ["MODELS", "ORDERS", "DropIn", "HydraViT", "places", "reading"]
+__all__ = ["MODELS", "ORDERS", "DropIn", "HydraViT", "TimeStep", "places", "reading"]
 
 if find_spec("transformers"):
     from .huggingface import HydraForImageClassification, HydraViTConfig

@@ -106,14 +106,11 @@ class DropIn(VisionTransformer):
                 f"in order {order!r}"
             )
 
-        class Attention(MixerAttention):  # timm makes the blocks, and asks for a class
-            def __init__(self, dim: int, proj_drop: float = 0.0, **attention: Any) -> None:
-                factory = {name: attention.get(name) for name in ("device", "dtype")}
-                with torch.device(factory["device"] or torch.get_default_device()):
+        class Attention(nn.Module):  # timm makes the blocks, and asks for a class: one that makes another's objects
+            def __new__(cls, dim: int, proj_drop: float = 0.0, **attention: Any) -> MixerAttention:  # type: ignore[misc]
+                with torch.device(attention.get("device") or torch.get_default_device()):
                     made = make_mixer(mixer, dim, options)
-                if factory["dtype"] is not None:
-                    made = made.to(factory["dtype"])
-                super().__init__(made, order, grid, prefix, proj_drop)
+                return MixerAttention(made.to(dtype=attention.get("dtype")), order, grid, prefix, proj_drop)
 
         super().__init__(
             img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hydra_ssm import Encoder
-from hydra_ssm.vision import HydraViT
+from hydra_ssm.vision import HydraViT, TimeStep
 
 SMALL = {"embed_dim": 32, "depth": 2, "headdim": 16, "d_state": 4, "num_classes": 2}
 
@@ -133,14 +133,37 @@ def test_time_series_are_patches_along_one_axis():
     assert model.forward_intermediates(late, intermediates_only=True)[0].shape == (len(late), 32, 8)
 
 
-@pytest.mark.parametrize("kind", ["modulation", "token"])
-def test_a_condition_decides_what_the_same_picture_is(digits, kind):
-    """Class 0 or 1 of a digit is to be given as it is under one condition, the other way round under the other."""
+class Conditioned(nn.Module):
+    """Pictures under a number that is a class or a time step."""
+
+    def __init__(self, kind, embed):
+        super().__init__()
+        self.embed = embed
+        self.vit = HydraViT(8, 2, in_chans=1, d_condition=8, condition=kind, **SMALL)
+
+    def forward(self, x, number):
+        return self.vit(x, self.embed(number))
+
+
+@pytest.mark.parametrize(("kind", "number"), [("modulation", "time step"), ("token", "class")])
+def test_a_condition_decides_what_the_same_picture_is(digits, kind, number):
+    """Which of two digits it is has to be told as it is under one condition, the other way round under the other."""
     (x, y), (held_x, held_y) = digits
     torch.manual_seed(2)
-    model = HydraViT(8, 2, in_chans=1, d_condition=2, condition=kind, **SMALL)
-    assert model.num_prefix_tokens == int(kind == "token")
+    embed, factor = (TimeStep(8), 700) if number == "time step" else (nn.Embedding(2, 8), 1)
+    model = Conditioned(kind, embed)
+    assert model.vit.num_prefix_tokens == int(kind == "token")
     turned, held_turned = torch.randint(2, (len(y),)), torch.randint(2, (len(held_y),))
-    train(model, [x, F.one_hot(turned, 2).float() * 3], y ^ turned, steps=80)
-    assert accuracy(model, [held_x, F.one_hot(held_turned, 2).float() * 3], held_y ^ held_turned) > 0.7
-    assert model.forward_features(x[:2], torch.zeros(2, 2)).shape == (2, 16 + model.num_prefix_tokens, 32)
+    train(model, [x, turned * factor], y ^ turned, steps=80)
+    assert accuracy(model, [held_x, held_turned * factor], held_y ^ held_turned) > 0.7
+    assert model.vit.forward_features(x[:2], torch.zeros(2, 8)).shape == (2, 16 + model.vit.num_prefix_tokens, 32)
+
+
+def test_time_steps_are_told_apart_at_every_scale():
+    waves = TimeStep(4, waves=8)
+    seen = []
+    waves.inner.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    assert waves(torch.tensor([0, 1, 500, 501])).shape == (4, 4)
+    t = torch.tensor([0.0, 1, 500, 501])[:, None] * 10_000 ** (-torch.arange(8) / 7)
+    torch.testing.assert_close(seen[0], torch.cat([t.sin(), t.cos()], 1), atol=1e-4, rtol=1e-4)
+    assert waves.bfloat16()(torch.tensor([999])).dtype == torch.bfloat16

@@ -1,6 +1,7 @@
 """The image models: the paper's form and the drop-in form, and timm's contract with both."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -365,6 +366,7 @@ def test_a_copy_is_another_model_with_the_same_weights(name):
     with torch.no_grad():
         twin.head.weight.zero_()
     assert not torch.equal(twin(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))  # as a new process gets it
 
 
 def test_half_precision_under_autocast_is_close():
