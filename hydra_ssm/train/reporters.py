@@ -42,7 +42,7 @@ def reporting(
         failed = False
     finally:
         for reporter in opened:
-            reporter.run.finish(exit_code=int(failed), quiet=True)
+            reporter.run.finish(exit_code=int(failed))
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -114,8 +114,7 @@ class MaskedLMTrainer(WholeCheckpoints):
         self.sharded = recipe is not None and recipe.sharding == "fsdp2" and team.size > 1
         model.model.encoder.gradient_checkpointing = recipe is not None and recipe.activation_checkpointing
         if recipe is not None and recipe.compile:
-            for layer in model.model.encoder.layers:
-                layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
+            _compile(model)
         self._gathered: dict[str, Any] = {}
         self._reset_counts()
 
@@ -275,6 +274,13 @@ class MaskedLMTrainer(WholeCheckpoints):
     def whole_model(self) -> dict[str, Tensor] | None:
         """Weights for save_pretrained, where the model has them in parts. All processes call it."""
         return whole_weights(self.net) if is_sharded(self.net) else None
+
+
+def _compile(model: HydraForMaskedLM) -> None:
+    """Norms, residuals, dropout and feed-forward networks of each layer; mixers have kernels of their own."""
+    for layer in model.model.encoder.layers:
+        layer.mixer.forward = torch.compiler.disable(layer.mixer.forward)  # type: ignore[method-assign, union-attr]
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 
 
 class EvaluateAtTheEnd(TrainerCallback):

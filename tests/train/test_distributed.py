@@ -1,0 +1,230 @@
+"""One run, computed by several processes: the same numbers, whatever their number and whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from several import back
+from small_text import sentences
+from transformers import AutoModelForMaskedLM
+
+from hydra_ssm.train.checkpoints import checkpoints
+from hydra_ssm.train.pretrain import pretrain, resume
+from hydra_ssm.train.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = {
+    "vocab_size": 90, "length": 32, "batch_size": 6, "steps": 4, "save_every": 2, "evaluate_every": 2,
+    "learning_rate": 3e-3,
+}  # fmt: skip
+NEAR = 1e-5
+STEPS = 24  # of a run that does not come to its end undisturbed
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Documents of very different lengths."""
+    folder = tmp_path_factory.mktemp("documents")
+    for i, count in enumerate([150, 1, 40, 2, 3, 100, 1]):
+        (folder / f"{i}.txt").write_text(sentences(count, i), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def one(base: Path, text: str) -> Path:
+    """What a single process finds."""
+    pretrain(Recipe.of("hydra-tiny", sources=(text,), **SETTINGS), base / "one")
+    return base / "one"
+
+
+def recipe(text: str, **changes: Any) -> dict[str, Any]:
+    return {**SETTINGS, "sources": [text], **changes}
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, text: str) -> Path:
+    team(
+        2,
+        base,
+        [
+            {"out": "ddp2", "recipe": recipe(text)},
+            {"out": "fsdp2", "recipe": recipe(text, sharding="fsdp2", activation_checkpointing=True)},
+            {"out": "again2", "goes_on": "ddp2"},
+            {"out": "ddp2-bf16", "recipe": recipe(text, precision="bf16", steps=2)},
+            {"out": "fsdp2-bf16", "recipe": recipe(text, precision="bf16", steps=2, sharding="fsdp2")},
+        ],
+    )
+    return base
+
+
+@pytest.fixture(scope="module")
+def four(two: Path, text: str) -> Path:
+    team(
+        4,
+        two,
+        [
+            {"out": "idle4", "recipe": recipe(text, accumulate=3, sharding="fsdp2")},  # 2 rows for 4 processes
+            {"out": "again4", "goes_on": "ddp2", "how": {"sharding": "fsdp2"}},  # 6 rows for 4 processes
+            {"out": "again4-fsdp", "goes_on": "fsdp2", "how": {"accumulate": 2}},
+        ],
+    )
+    return two
+
+
+def team(size: int, base: Path, jobs: list[dict[str, Any]]) -> None:
+    """Let torchrun do the jobs in `base`."""
+    for job in jobs:
+        job |= {name: str(base / job[name]) for name in ("out", "goes_on") if name in job} | {"step": 2}
+    (base / f"jobs{size}.json").write_text(json.dumps(jobs), encoding="utf-8")
+    script = [str(Path(__file__).with_name("several.py")), str(base / f"jobs{size}.json")]
+    done = subprocess.run(
+        [*torchrun(size), *script], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def torchrun(size: int, *options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", *options]
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "MASTER_PORT": "0"}
+
+
+def losses(out: Path) -> torch.Tensor:
+    """Of training and of held-out text, in their order."""
+    history = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["history"]
+    return torch.tensor([entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry])
+
+
+def assert_same_losses(out: Path, expected: Path, near: float = NEAR) -> None:
+    torch.testing.assert_close(losses(out), losses(expected), rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_two_processes_find_what_one_finds(name: str, one: Path, two: Path) -> None:
+    assert len(losses(one)) == 6
+    assert_same_losses(two / name, one)
+
+
+def test_processes_without_any_row_keep_up_with_the_others(one: Path, four: Path) -> None:
+    assert_same_losses(four / "idle4", one)
+
+
+def test_the_same_processes_go_on_to_the_last_bit(two: Path) -> None:
+    again, whole = (load_file(two / name / "model.safetensors") for name in ("again2", "ddp2"))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert torch.equal(losses(two / "again2"), losses(two / "ddp2"))
+
+
+@pytest.mark.parametrize("name", ["again4", "again4-fsdp"])
+def test_four_processes_go_on_from_what_two_saved(name: str, one: Path, four: Path) -> None:
+    assert_same_losses(four / name, one)
+
+
+@pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
+def test_one_process_goes_on_from_what_two_saved(name: str, one: Path, two: Path, tmp_path: Path) -> None:
+    back(two / name, tmp_path, 2)
+    resume(tmp_path, {"accumulate": 2})
+    assert_same_losses(tmp_path, one)
+
+
+def test_sharded_and_single_processes_leave_the_same_files(one: Path, two: Path) -> None:
+    files = [
+        sorted(p.name for p in (out / "training/checkpoints/checkpoint-4").iterdir()) for out in (one, two / "fsdp2")
+    ]
+    assert files[0] == files[1]
+    for name in ("training/checkpoints/checkpoint-4", "."):
+        model, expected = (AutoModelForMaskedLM.from_pretrained(out / name) for out in (two / "fsdp2", one))
+        for found, right in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(found, right, rtol=0, atol=1e-4)
+    states = [torch.load(out / "training/checkpoints/checkpoint-4/optimizer.pt") for out in (one, two / "fsdp2")]
+    for i, state in states[0]["state"].items():
+        torch.testing.assert_close(states[1]["state"][i]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-2, atol=1e-7)
+
+
+def test_decays_and_skips_stay_float32_where_weights_travel_as_bfloat16(two: Path) -> None:
+    seen = json.loads((two / "fsdp2-bf16/training/seen.json").read_text(encoding="utf-8"))
+    weights = {"in_proj": "torch.bfloat16", "out_proj": "torch.bfloat16"}
+    assert seen == {**weights, "A_log": "torch.float32", "dt_bias": "torch.float32", "D": "torch.float32"}
+    assert_same_losses(two / "fsdp2-bf16", two / "ddp2-bf16", 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- jobs that are hit
+
+
+@contextmanager
+def job(out: Path, text: str, *launcher: str) -> Iterator[subprocess.Popen[str]]:
+    """Training in two processes for long, once it has saved."""
+    settings = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in (SETTINGS | {"steps": STEPS, "evaluate_every": STEPS}).items()
+    ]
+    command = [*launcher, "-m", "hydra_ssm.cli", "pretrain", text, *settings, "--out", str(out)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        limit = time.monotonic() + 120
+        while not checkpoints(out / "training" / "checkpoints"):
+            assert process.poll() is None, process.communicate()[1][-4000:]
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def workers(parent: int) -> list[int]:
+    """Process ids of the children of a launcher, which has no others."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in children.read_text(encoding="utf-8").split()]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+
+
+@needs_proc
+def test_after_the_death_of_a_process_the_job_goes_on_from_its_checkpoint(text: str, tmp_path: Path) -> None:
+    with job(tmp_path / "run", text, *torchrun(2, "--max-restarts=1")) as process:
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        out, error = process.communicate(timeout=200)
+        assert process.returncode == 0, error[-4000:]
+    assert out.count(f"step {STEPS}: held-out loss") == 1  # one process speaks
+    assert out.count(f"step 1/{STEPS}") == 1  # it did not begin again
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@needs_proc
+def test_sigterm_to_a_job_saves_once_and_all_processes_stop_after_the_same_step(text: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    with job(tmp_path / "run", text, *launcher) as process:
+        before = len(checkpoints(tmp_path / "run" / "training" / "checkpoints"))
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=200)[1]
+    said = [line for line in error.splitlines() if line.startswith("hydra-ssm: error")]
+    last = checkpoints(tmp_path / "run" / "training" / "checkpoints")[-1].name.removeprefix("checkpoint-")
+    assert said == [
+        f"hydra-ssm: error: stopped and saved after step {last} of {STEPS}; go on with "
+        f"--out {tmp_path / 'run'} --resume"
+    ]
+    assert before >= 1
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert resume(tmp_path / "run")[1] is not None
