@@ -31,6 +31,9 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   compare      compare Hydra with BERT: the same tokens, the same seconds, GLUE, longer rows
   glue         fine-tune a model on GLUE's tasks, and show the paper's table
   finetune     fine-tune a model on your own table: classes, pairs, numbers or tags
+  image train  train an image classifier, by the paper's recipe on timm's parts
+  image eval   measure one: top-1, top-5, pictures a second
+  image predict  name pictures, and draw them with their names
 
 examples:
 
@@ -49,7 +52,7 @@ HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake is one line on stderr and code 2."""
-    if argv is None and sys.argv[1:2] in (["pretrain"], ["inspect"], ["bench"], ["finetune"]):
+    if argv is None and sys.argv[1:2] in (["pretrain"], ["inspect"], ["bench"], ["finetune"], ["image"]):
         _let_waiting_threads_sleep()
     given = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -1,0 +1,134 @@
+"""How well a model names pictures: top-1, top-5, loss, and pictures a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from .loading import MISSING, EvaluationOrder, Notes, Pictures, evaluation_transform, loader, normalized
+from .result import RAW, Config, load
+from .sources import Part, open_held_out
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of the pictures that could be read; top-1 and top-5 between 0 and 1."""
+
+    top1: float
+    top5: float
+    loss: float
+    pictures: int
+    seconds: float = 0.0  # that the model took
+    total_seconds: float = 0.0  # with reading
+
+
+def score(
+    model: nn.Module,
+    part: Part,
+    config: Config,
+    device: torch.device,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Score, Notes]:
+    """The score of a model in eval mode on a part, whose pictures are dealt out over the processes."""
+    pictures = Pictures(part, evaluation_transform(config), training=False)
+    batches = loader(pictures, EvaluationOrder(len(part), batch_size, rank, world), workers)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, pictures
+    notes: Notes = {}
+    training, started, busy = model.training, time.perf_counter(), 0.0
+    model.eval()
+    for batch in batches:
+        notes |= batch.notes
+        known = batch.labels != MISSING
+        if known.any():
+            before = time.perf_counter()
+            sums += _sums(model, batch.pixels[known], batch.labels[known], config, device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            busy += time.perf_counter() - before
+    model.train(training)
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    right, five, loss, count = sums.tolist()
+    if not count:
+        raise UserError(f"none of the {len(part)} pictures to evaluate on could be read")
+    spent = time.perf_counter() - started
+    return Score(right / count, five / count, loss / count, int(count), busy, spent), notes
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, pixels: Tensor, config: Config, device: torch.device) -> Tensor:
+    """(B, classes) float32 of (B, 3, H, W) uint8; bf16 autocast on a GPU."""
+    x = normalized(pixels, config, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        found = model(x)
+    return found.float()
+
+
+def _sums(model: nn.Module, pixels: Tensor, labels: Tensor, config: Config, device: torch.device) -> Tensor:
+    logits, labels = logits_of(model, pixels, config, device), labels.to(device)
+    hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, torch.tensor(len(labels), device=device)]).double()
+
+
+def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: int = -1, say: Say = print) -> Any:
+    """What `hydra-ssm image eval` does: returns {"averaged": ..., "raw": ...} and what could not be read.
+
+    Raises UserError where the folder holds no model or the data no pictures of its classes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = {"averaged": False, "raw": True} if (folder / RAW).is_file() else {"averaged": False}
+    found: dict[str, Any] = {}
+    part: Part | None = None
+    for name, raw in kinds.items():
+        model, config, classes = load(folder, device, raw=raw)
+        part = part or open_held_out(data, classes)
+        result, notes = score(model, part, config, device, batch_size=batch_size, workers=number_of_workers(workers))
+        say(
+            f"{name + ' weights':17} top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.3f}; "
+            f"{result.pictures / result.seconds:,.0f} pictures/s, with reading "
+            f"{result.pictures / result.total_seconds:,.0f}"
+        )
+        found[name] = asdict(result)
+    say(f"on {found['averaged']['pictures']:,} pictures")
+    for line in told(notes):
+        say(line)
+    return {**found, "notes": notes}
+
+
+def told(notes: Notes) -> list[str]:
+    """What there is to say of pictures that were converted, and of those that could not be read."""
+    converted = [text for text in notes.values() if ":" not in text]
+    lines = (
+        [f"converted: {', '.join(f'{converted.count(k)} {k}' for k in sorted(set(converted)))}"] if converted else []
+    )
+    broken = [(name, text) for name, text in sorted(notes.items()) if ":" in text]
+    if broken:
+        lines.append(f"{len(broken)} pictures could not be read and were left out:")
+        lines += [f"  {name}: {text.partition(': ')[2]}" for name, text in broken[:20]]
+        lines += [f"  and {len(broken) - 20} more"] if len(broken) > 20 else []
+    return lines
+
+
+def number_of_workers(given: int) -> int:
+    """Processes that read: what is asked for, or one for each core that is there, none where there is one."""
+    import os
+
+    if given >= 0:
+        return given
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores > 1 and torch.cuda.is_available() else 0

@@ -1,0 +1,78 @@
+"""A picture file as eight-bit RGB, whatever it holds; what cannot be read is told apart from what was converted."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MOST_PIXELS = 1 << 26  # of a picture that is decoded whole
+UNREADABLE = "cannot be read"
+GREY = {"1": "grey", "L": "grey", "LA": "grey"}
+KINDS = {"P": "palette", "PA": "palette", "RGBA": "transparent", "CMYK": "CMYK", **GREY}
+
+
+class Unreadable(Exception):
+    """A file that holds no picture, or not all of it, or too large a one. The message says which."""
+
+
+def open_picture(content: bytes) -> tuple[Image.Image, str]:
+    """The picture of a file, upright, on white where it is transparent; and what was done to it, or "".
+
+    Raises Unreadable.
+    """
+    if not content:
+        raise Unreadable("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and odd metadata, which are dealt with here
+            return _decoded(content)
+    except Unreadable:
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {MOST_PIXELS:,} pixels") from None
+    except Exception as error:  # what a decoder raises for damaged bytes is of a dozen classes
+        raise Unreadable(" ".join(str(error).split())[:120] or type(error).__name__) from None
+
+
+def _decoded(content: bytes) -> tuple[Image.Image, str]:
+    with Image.open(io.BytesIO(content)) as image:
+        done = _kind(image.mode)
+        if image.width * image.height > MOST_PIXELS:
+            done = "huge"
+            whole = image.size
+            image.draft(None, (2048, 2048))  # JPEG alone can be decoded at a part of its size
+            if image.width * image.height > MOST_PIXELS:
+                raise Unreadable(f"{whole[0]:,} x {whole[1]:,} pixels, more than {MOST_PIXELS:,}")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    return _rgb(upright if upright is not None else image), done
+
+
+def _kind(mode: str) -> str:
+    if mode.startswith("I"):
+        return "16-bit"
+    return "" if mode == "RGB" else KINDS.get(mode, mode)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Of 16 bits, of fractions of 1, or of 8 bits in a wide type; of anything else its range."""
+    values = np.nan_to_num(values)
+    top = values.max(initial=0.0)
+    if top <= 1:
+        values = values * 255
+    elif top > 255:
+        values = values / (257 if top <= 65535 else top / 255)
+    return np.clip(values, 0, 255).round().astype(np.uint8)

@@ -1,0 +1,382 @@
+"""Training of image classifiers: pictures of every kind, exact resumption, several processes, and what comes out."""
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from hydra_ssm.cli import main
+from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.image.folder import ImageFolder
+from hydra_ssm.train.image.loading import TrainingOrder
+from hydra_ssm.train.image.pictures import Unreadable, open_picture
+from hydra_ssm.train.image.recipe import ImageRecipe
+from hydra_ssm.train.image.result import load
+from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
+from hydra_ssm.train.image.training import Run, resume, train
+
+COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 70), "red": (220, 40, 50)}
+TINY = {
+    "model": "vit_hydra_tiny_patch16_224", "model_args": {"patch_size": 8, "embed_dim": 16, "depth": 2, "headdim": 8,
+    "d_state": 4}, "img_size": 16, "epochs": 2, "batch_size": 8, "workers": 0, "learning_rate": 3e-3, "ema_decay": 0.9,
+}  # fmt: skip
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "drop_path": 0.0, "randaugment": "", "scale": (1.0, 1.0)}
+
+
+def coloured(colour: tuple[int, int, int], seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(-30, 30, (20, 24, 3))
+    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def flowers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures whose class is their colour, in train/CLASS and val/CLASS."""
+    folder = tmp_path_factory.mktemp("flowers")
+    for part, number in (("train", 12), ("val", 5)):
+        for place, (name, colour) in enumerate(COLOURS.items()):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(number):
+                coloured(colour, 100 * place + i).save(folder / part / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(flowers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows the colours."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    train(ImageRecipe.of(data=str(flowers), **{**TINY, **PLAIN, "epochs": 8}), out)
+    return out
+
+
+def content(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_every_mode_becomes_eight_bit_rgb():
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    palette = red.convert("P")
+    deep = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))
+    cases = {
+        "RGB": (content(red), "", (255, 0, 0)),
+        "grey": (content(Image.new("L", (8, 8), 90)), "grey", (90, 90, 90)),
+        "one bit": (content(Image.new("1", (8, 8), 1)), "grey", (255, 255, 255)),
+        "grey and alpha": (content(Image.new("LA", (8, 8), (90, 0))), "grey", (255, 255, 255)),
+        "CMYK": (content(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), "CMYK", (254, 0, 0)),
+        "palette": (content(palette), "palette", (255, 0, 0)),
+        "transparent palette": (content(palette, transparency=palette.getpixel((0, 0))), "palette", (255, 255, 255)),
+        "alpha": (content(half), "transparent", (255, 255, 255)),
+        "16 bits": (content(deep), "16-bit", (128, 128, 128)),
+        "fractions": (content(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"), "F", (128, 128, 128)),
+    }
+    for name, (data, kind, colour) in cases.items():
+        picture, done = open_picture(data)
+        assert (picture.mode, done, picture.size) == ("RGB", kind, (8, 8)), name
+        assert np.abs(np.array(picture.getpixel((1, 4))) - colour).max() <= 1, (name, picture.getpixel((1, 4)))
+    assert open_picture(content(half))[0].getpixel((6, 4)) == (255, 0, 0)
+
+
+def test_a_picture_is_turned_as_its_camera_says():
+    image = Image.new("RGB", (10, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert open_picture(content(image, "JPEG", exif=exif))[0].size == (4, 10)
+
+
+def test_what_cannot_be_read_is_told(monkeypatch):
+    monkeypatch.setattr("hydra_ssm.train.image.pictures.MOST_PIXELS", 10_000)
+    whole = content(coloured(COLOURS["red"], 0), "JPEG")
+    png = bytearray(content(coloured(COLOURS["red"], 0)))
+    png[60] ^= 255
+    for data, told in (
+        (b"", "empty"),
+        (b"<html>not found</html>", "cannot identify"),
+        (whole[: len(whole) // 2], "(?i)truncated"),
+        (bytes(png), "."),
+        (content(Image.new("RGB", (200, 100))), r"200 x 100 pixels, more than 10,000"),
+    ):
+        with pytest.raises(Unreadable, match=told):
+            open_picture(data)
+    monkeypatch.setattr("hydra_ssm.train.image.pictures.MOST_PIXELS", 5_000_000)
+    picture, done = open_picture(content(Image.new("RGB", (4096, 4096)), "JPEG"))
+    assert (done, picture.size) == ("huge", (2048, 2048))
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def shards(flowers: Path, folder: Path, with_cls: bool) -> None:
+    for part in ("train", "val"):
+        paths = sorted((flowers / part).rglob("*.png"))
+        for shard in range(2):
+            with tarfile.open(folder / f"flowers-{part}-{shard:04}.tar", "w") as archive:
+                for i, path in enumerate(paths[shard::2]):
+                    name = f"{shard}{i:03}" if with_cls else f"{path.parent.name}/{shard}{i:03}"
+                    files = {f"{name}.png": path.read_bytes()}
+                    if with_cls:
+                        files[f"{name}.cls"] = str(sorted(COLOURS).index(path.parent.name)).encode()
+                    for member, data in files.items():
+                        entry = tarfile.TarInfo(member)
+                        entry.size = len(data)
+                        archive.addfile(entry, io.BytesIO(data))
+
+
+def seen(part: Part) -> list[tuple[bytes, int]]:
+    return sorted((part.source.read(i), part.source.labels[i]) for i in part.index)
+
+
+def test_folders_shards_and_data_sets_hold_the_same_pictures(flowers, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("cls", "folders", "parquet"):
+        (tmp_path / name).mkdir()
+    shards(flowers, tmp_path / "cls", with_cls=True)
+    shards(flowers, tmp_path / "folders", with_cls=False)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
+    splits = datasets.DatasetDict()
+    for part, split in (("train", "train"), ("val", "validation")):
+        paths = sorted((flowers / part).rglob("*.png"))
+        rows = [{"image": {"bytes": p.read_bytes(), "path": None}, "label": p.parent.name} for p in paths]
+        splits[split] = datasets.Dataset.from_list(rows, features=features)
+    splits.save_to_disk(tmp_path / "saved")
+    expected = [seen(part) for part in open_parts(str(flowers))[:2]]
+    for name in ("cls", "folders", "saved"):
+        train_part, held_out, classes = open_parts(str(tmp_path / name))
+        assert [seen(train_part), seen(held_out)] == expected, name
+        assert classes == (["0", "1", "2"] if name == "cls" else sorted(COLOURS)), name
+    assert len(expected[0]) == 36
+    assert len(expected[1]) == 15
+
+
+def test_what_nobody_has_divided_has_a_tenth_held_out(flowers):
+    first, again, other = (open_parts(str(flowers / "train"), seed) for seed in (0, 0, 1))
+    assert (len(first[0]), len(first[1])) == (33, 3)
+    assert sorted(first[0].index + first[1].index) == list(range(36))
+    assert first[1].index == again[1].index != other[1].index
+    assert len(open_held_out(str(flowers / "val"), sorted(COLOURS))) == 15
+    with pytest.raises(UserError, match=r"the classes must be those of the model, red, .* got blue"):
+        open_held_out(str(flowers / "val"), ["red"])
+
+
+def test_a_damaged_shard_gives_the_pictures_before_the_damage(flowers, tmp_path):
+    shards(flowers, tmp_path, with_cls=True)
+    path = tmp_path / "flowers-train-0001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.warns(UserWarning, match=r"flowers-train-0001.tar is damaged, its first \d+ pictures are used"):
+        train_part, held_out, _ = open_parts(str(tmp_path))
+    assert 18 < len(train_part) < 36
+    assert len(held_out) == 15
+
+
+def test_processes_share_every_batch_of_the_one_order():
+    recipe = ImageRecipe.of(data="x", **TINY)
+    for epoch in (0, 1):
+        orders = [TrainingOrder(37, recipe, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2))]
+        for order in orders:
+            order.epoch = epoch
+        alone, first, second = map(list, orders)
+        assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == [sorted(batch) for batch in alone]
+        places = [place for batch in alone for place, _, _ in batch]
+        assert len(set(places)) == len(places) == 32
+        orders[0].start = 3
+        assert list(orders[0]) == alone[3:]
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def test_a_run_learns_and_its_folder_is_loaded_by_timm_and_by_eval_and_predict(run, flowers, tmp_path, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["averaged"]["top1"] > 0.9
+    assert metrics["baseline"] == {"name": "always the commonest class", "top1": pytest.approx(1 / 3)}
+    assert main(["image", "eval", str(run), "--data", str(flowers)]) == 0
+    said = capsys.readouterr().out
+    assert f"averaged weights  top-1 {metrics['averaged']['top1']:.2%}, top-5 100.00%" in said
+    assert f"raw weights       top-1 {metrics['raw']['top1']:.2%}" in said
+    assert "pictures/s" in said
+    sheet = tmp_path / "sheet.png"
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    files = [flowers / "val" / "red" / "00.png", flowers / "val" / "blue", tmp_path / "broken.jpg"]
+    assert main(["image", "predict", str(run), *map(str, files), "--out", str(sheet)]) == 0
+    said = capsys.readouterr().out
+    assert f"{files[0]}: red " in said
+    assert said.count(": blue ") == 5
+    assert "1 pictures could not be read:\n" in said
+    assert Image.open(sheet).format == "PNG"
+    own = load(run, torch.device("cpu"))
+    theirs = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(own.model(x), theirs(x))
+    assert own.classes == list(theirs.pretrained_cfg["label_names"]) == sorted(COLOURS)
+    assert any((run / "training" / "tensorboard").iterdir())
+
+
+def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flowers, tmp_path):
+    settings = {**TINY, "epochs": 3, "save_every": 1, "drop_path": 0.3}
+    train(ImageRecipe.of(data=str(flowers), **settings), tmp_path / "whole")
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\nfrom pathlib import Path\n"
+        "from hydra_ssm.train.image.recipe import ImageRecipe\nfrom hydra_ssm.train.image.training import train\n"
+        f"train(ImageRecipe.of(data=sys.argv[1], **{ {**settings, 'workers': 1}!r}), Path(sys.argv[2]))\n"
+    )
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", program, str(flowers), str(out)], stdout=subprocess.DEVNULL)
+    while not list(out.glob("training/checkpoints/checkpoint-[6-9]")):  # in the middle of the second epoch
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "model.safetensors").exists()
+    with pytest.raises(UserError, match=r"epochs is 3 in the run that goes on in .*killed, got 4"):
+        resume(out, {"epochs": 4})
+    resumed = resume(out)
+    for name in ("model.safetensors", "raw.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert resumed["course"] == json.loads((tmp_path / "whole" / "metrics.json").read_text())["course"]
+    assert resume(out)["course"] == resumed["course"]  # it has ended
+
+
+def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_path):
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        for path in (flowers / part).rglob("*.png"):
+            target = data / path.relative_to(flowers)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    (data / "train/red/00.png").write_bytes(b"")
+    (data / "train/blue/05.png").write_bytes((flowers / "train/blue/05.png").read_bytes()[:200])
+    Image.new("CMYK", (20, 20), (0, 200, 200, 0)).save(data / "train/red/cmyk.jpg")
+    (data / "val/green/01.png").write_bytes(b"GIF89a")
+    Image.new("L", (20, 20), 90).save(data / "val/green/grey.png")
+    metrics = train(ImageRecipe.of(data=str(data), **{**TINY, "batch_size": 2, "epochs": 1}), tmp_path / "out")
+    told = "\n".join(metrics["pictures"])
+    assert "converted: 1 CMYK, 1 grey" in told
+    assert "3 pictures could not be read and were left out:" in told
+    for name in ("red/00.png: the file is empty", "blue/05.png: ", "green/01.png: "):
+        assert name in told
+    assert told in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_two_processes_take_the_steps_of_one(flowers, tmp_path):
+    settings = {**TINY, **PLAIN, "epochs": 2}
+    train(ImageRecipe.of(data=str(flowers), **{**settings, "accumulate": 2}), tmp_path / "one")
+    program = tmp_path / "two.py"
+    program.write_text(
+        "import sys, torch; torch.set_num_threads(1)\nfrom pathlib import Path\n"
+        "from hydra_ssm.train.image.recipe import ImageRecipe\nfrom hydra_ssm.train.image.training import train\n"
+        f"train(ImageRecipe.of(data=sys.argv[1], **{settings!r}), Path(sys.argv[2]))\n"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(program), str(flowers), str(tmp_path / "two")]
+    rest = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **rest, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE)
+        for rank in "01"
+    ]
+    said = [worker.communicate()[0].decode() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert "epoch 2/2" in said[0]
+    assert said[1] == ""
+    one, two = (load(tmp_path / name, torch.device("cpu")).model.state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    courses = [json.loads((tmp_path / name / "metrics.json").read_text())["course"] for name in ("one", "two")]
+    assert courses[0][-1]["top1_raw"] == courses[1][-1]["top1_raw"]
+
+
+def test_the_recipe_is_the_papers(flowers, tmp_path):
+    recipe = ImageRecipe.of(data="imagenet")
+    paper = {
+        "model": "vit_hydra_base_patch16_224", "epochs": 300, "batch_size": 1024, "learning_rate": 1e-3,
+        "weight_decay": 0.05, "drop_path": 0.5, "randaugment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0,
+        "erase": 0.25, "smoothing": 0.1,
+    }  # fmt: skip
+    assert {name: getattr(recipe, name) for name in paper} == paper
+    settings = {**TINY, "epochs": 20, "warm_up_epochs": 2}
+    out = tmp_path / "out"
+    train(ImageRecipe.of(data=str(flowers), **{**settings, "epochs": 1}), out)
+    (out / "training" / "recipe.json").write_text(ImageRecipe.of(data=str(flowers), **settings).to_json())
+    run = Run(ImageFolder(out), 0, 1, torch.device("cpu"))
+    steps, warm = run.order.steps * 20, run.order.steps * 2
+    for step in (0, 1, warm, steps // 2, steps - 1):
+        run.schedule.step_update(step)
+        least, most = 3e-5, 3e-3
+        expected = 3e-6 + step * (most - 3e-6) / warm if step < warm else (
+            least + (most - least) * (1 + np.cos(np.pi * step / steps)) / 2
+        )  # fmt: skip
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(expected), step
+    kept = {id(p) for group in run.optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    for name, parameter in run.model.named_parameters():
+        assert (id(parameter) in kept) == (parameter.ndim < 2), name
+
+
+def test_digits_are_learned_without_any_data(tmp_path, capsys):
+    small = ["--epochs", "2", "--workers", "0", "--learning-rate", "5e-3"]
+    assert main(["image", "train", "--out", str(tmp_path / "digits"), *small]) == 0
+    said = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "digits" / "metrics.json").read_text())
+    assert metrics["raw"]["top1"] > 0.5
+    assert 0.94 < metrics["baseline"]["top1"] < 0.99
+    assert f"logistic regression on the pixels {metrics['baseline']['top1']:.2%}" in said
+    assert main(["image", "predict", str(tmp_path / "digits"), str(tmp_path / "digits" / "examples"),
+                 "--out", str(tmp_path / "sheet.png")]) == 0  # fmt: skip
+    answers = [line.partition(": ") for line in capsys.readouterr().out.splitlines() if "-is-" in line]
+    assert len(answers) == 20
+    assert sum(path[-5] == answer[0] for path, _, answer in answers) > 4
+
+
+MISTAKES = {
+    "image train --data nowhere": "nowhere is neither a folder, a .tar nor a data set that could be loaded",
+    "image train --data flowers --model resnet": "model must be a name that timm knows, such as .* got resnet",
+    "image train --data flowers --batch-size 64 --img-size 32 --model vit_tiny_patch16_224": (
+        "there must be as many pictures to train on as in a step, 64, got 36"
+    ),
+    "image train --data flowers --img-size 30 --batch-size 4": "cannot be made with .*30",
+    "image train --data flowers --batch-size 5": "the parts of a step must be even for mixup and cutmix, got 5",
+    "image train --data flowers --batch-size 8 --accumulate 3": "accumulate must divide batch_size = 8, got 3",
+    "image train --data flowers --drop-path 2": "drop_path must be at most 1, got 2",
+    "image train --data flowers --scale 0.9 0.1": "scale must be two rising numbers",
+    "image train --data flowers/train/red": "must hold folders of at least two classes, it holds 1",
+    "image train --out out --resume": "there is no run in out to resume: start it without --resume",
+    "image train --resume --overwrite": "--resume goes on with a run, --overwrite removes it",
+    "image train --data flowers --out run --batch-size 8": "run already holds a run: add --resume",
+    "image eval flowers": "flowers must be what hydra-ssm image train wrote",
+    "image predict run nothing.jpg": "there is no file or folder nothing.jpg",
+    "image predict run empty": "there must be pictures to look at",
+    "image predict run text.jpg": "none of 1 files holds a picture that can be read",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line(command, run, flowers, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("flowers").symlink_to(flowers)
+    Path("run").symlink_to(run)
+    Path("empty").mkdir()
+    Path("text.jpg").write_text("words")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(command.split()) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert re.search(MISTAKES[command], lines[0]), lines
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
