@@ -195,6 +195,7 @@ class HydraViT(nn.Module):
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
         condition: Tensor | None = None,
     ) -> Any:
         """What layers give, as timm's models return it: (final features, [of each]), or the list alone.
@@ -206,6 +207,7 @@ class HydraViT(nn.Module):
             stop_early: with intermediates_only, do not run what comes after the last of them.
             output_fmt: "NCHW" (B, embed_dim, rows, columns), with other axes where the pictures have them, or "NLC"
                 (B, patches, embed_dim).
+            output_dict: the same by the names image_intermediates, image_intermediates_prefix and image_features.
         """
         _check(output_fmt=(output_fmt, ("NCHW", "NLC")))
         depth = len(self.encoder.layers)
@@ -215,10 +217,17 @@ class HydraViT(nn.Module):
         numbers = sorted({*(i + 1 for i in taken), last})
         states = self._encoded(h, grid, condition, numbers).unbind(2)
         found = [state for state, number in zip(states, numbers, strict=True) if number - 1 in taken]
-        shown: list[Any] = [self._shown(self.encoder.last_norm(h) if norm else h, grid, output_fmt) for h in found]
-        if return_prefix_tokens and self.num_prefix_tokens:
-            shown = [(own, h[:, : self.num_prefix_tokens]) for own, h in zip(shown, found, strict=True)]
-        return shown if intermediates_only else (self.encoder.last_norm(states[-1]), shown)
+        found = [self.encoder.last_norm(h) for h in found] if norm else found
+        shown: list[Any] = [self._shown(h, grid, output_fmt) for h in found]
+        prefixes = [h[:, : self.num_prefix_tokens] for h in found] if return_prefix_tokens else []
+        final = None if intermediates_only else self.encoder.last_norm(states[-1])
+        if output_dict:
+            named = {"image_intermediates": shown}
+            named |= {"image_intermediates_prefix": prefixes} if prefixes and self.num_prefix_tokens else {}
+            return named if final is None else {**named, "image_features": final}
+        if prefixes and self.num_prefix_tokens:
+            shown = list(zip(shown, prefixes, strict=True))
+        return shown if final is None else (final, shown)
 
     def _embedded(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Grid]:
         """Tokens (B, L, D) that go into the encoder, and the patches along each axis."""

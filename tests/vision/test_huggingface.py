@@ -103,7 +103,7 @@ def test_trainer_trains_it_with_checkpointing(tmp_path):
         tmp_path, max_steps=15, per_device_train_batch_size=8, learning_rate=1e-2, report_to="none", use_cpu=True,
         save_strategy="no", logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
-    model.gradient_checkpointing_enable()
+    model.vit.set_grad_checkpointing()
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.train()
     assert trainer.state.log_history[-2]["loss"] < 0.3

@@ -6,6 +6,8 @@ from pathlib import Path
 import timm
 import torch
 
+from hydra_ssm.vision.dropin import TOLERANCE
+
 PAGE = (Path(__file__).parents[2] / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
@@ -33,3 +35,5 @@ def test_the_parameters_of_the_page_are_those_of_the_models():
             with torch.device("meta"):
                 found = sum(p.numel() for p in timm.create_model(name).parameters())
             assert f"{found:,}" == number.strip(), name
+        *matched, vit = (int(number.replace(",", "")) for number in numbers.split("|")[1:])
+        assert all(abs(own - vit) <= TOLERANCE * vit for own in matched)
