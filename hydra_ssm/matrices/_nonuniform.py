@@ -161,10 +161,8 @@ def _read(heights: Tensor, point: Tensor, bump: Tensor) -> Tensor:
 
 def _read_and_slopes(heights: Tensor, point: Tensor, bump: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """That, and the gradient of the weights where its own is `grad`."""
-    leaf = bump.detach().requires_grad_()
-    with torch.enable_grad():
-        y = _read(heights, point, leaf)
-    return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+    y, slopes = torch.func.vjp(partial(_read, heights, point), bump)
+    return y, slopes(grad)[0]
 
 
 def _spread(heights: Tensor, point: Tensor, bump: Tensor, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._cosines import cosines, rank
 from ._nonuniform import any_cosines
@@ -76,6 +77,6 @@ def _static(x: Tensor) -> bool:
 
     Graphs are captured on another stream than the default one, and run there before, so that libraries are prepared.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):  # torch 2.11 traces M @ x without saying so
         return True
     return x.is_cuda and torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device)

@@ -62,6 +62,7 @@ def _part(
     stride_vh,
     stride_fl,
     stride_bl,
+    heads,
     READS: tl.constexpr,
     NEIGHBOUR: tl.constexpr,
     HEADS: tl.constexpr,
@@ -95,7 +96,7 @@ def _part(
         allowed_b = (id_ == (right if READS else first)).to(tl.float32)
     vs = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
     entry = n[:, None] * P + p[None, :]
-    for h in tl.range(0, HEADS, num_stages=STAGES):
+    for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
         total_f = tl.load(totals + h * chunks * 2)
         total_b = tl.load(totals + h * chunks * 2 + 1)
@@ -136,7 +137,7 @@ def _part(
     tl.store(to + 2 * through_stride, grad_b)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "G"])
+@triton.jit(do_not_specialize=["L", "chunks", "G", "heads"])
 def _feature_grads_kernel(
     x,
     dy,
@@ -178,6 +179,7 @@ def _feature_grads_kernel(
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
+    heads,
     SHIFTED: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -212,14 +214,16 @@ def _feature_grads_kernel(
             dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
             C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
             products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_yl,
-            stride_yh, stride_Cfl, stride_Cbl, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
+            stride_yh, stride_Cfl, stride_Cbl, heads, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION,
+            STAGES,
         )  # fmt: skip
     else:
         _part(
             x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
             B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
             products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_xl,
-            stride_xh, stride_Bfl, stride_Bbl, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION, STAGES,
+            stride_xh, stride_Bfl, stride_Bbl, heads, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION,
+            STAGES,
         )  # fmt: skip
 
 
@@ -254,7 +258,7 @@ def feature_grads(
     _feature_grads_kernel[(batch * chunks * G * 2,)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, chunks,
-        found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0), *strides,
+        found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0), *strides, H // G,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
         PACKED=x.dtype == torch.bfloat16, Q=Q, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,

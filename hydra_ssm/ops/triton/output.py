@@ -16,7 +16,7 @@ from torch import Tensor
 from .decay import Decays, load_decays, load_rests, load_steps
 
 
-@triton.jit(do_not_specialize=["L", "chunks"])
+@triton.jit(do_not_specialize=["L", "chunks", "heads"])
 def _output_kernel(
     x,
     B_f,
@@ -49,6 +49,7 @@ def _output_kernel(
     stride_Cbb,
     stride_Cbl,
     stride_Cbg,
+    heads,
     HEADS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
@@ -117,7 +118,7 @@ def _output_kernel(
     ys = y + ((batch * L + begin) * H + head0) * P + i[:, None] * (H * P) + p[None, :]
     state_f = states + ((batch * chunks + chunk) * H + head0) * (N * P) + n[:, None] * P + p[None, :]
     state_b = state_f + state_stride
-    for h in tl.range(0, HEADS, num_stages=STAGES):
+    for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), j)
         if ROWS < Q:
             row_f, row_b, _, _ = load_decays(decays + h * (chunks * Q * 4), i)
@@ -181,7 +182,7 @@ def chunk_outputs(
         x, *features, decays.sums, decays.sums if decays.steps is None else decays.steps,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if states is None else states, y, L, H, chunks, H // G, 0 if states is None else states.stride(0), *strides,
-        HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
+        config.heads, HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         SHIFTED=int(decays.shifted), HAS_STATES=states is not None, FOLDED=decays.steps is None,
         PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,

@@ -1,4 +1,9 @@
-"""What kernels of the product load of a chunk, in either direction."""
+"""What kernels of the product load of a chunk, in either direction.
+
+Their loops over heads keep a bound that the compiler does not know where there is one head alone. Without a loop ptxas
+12.8, which triton 3.6 and 3.7 bring, computes addresses of narrow operands (N or P of 16 or 32) from registers that
+nothing was written to; ptxas 12.9 does not. benchmarks/gpu/registers.py looks for such code.
+"""
 
 from __future__ import annotations
 

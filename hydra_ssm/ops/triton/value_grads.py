@@ -43,7 +43,7 @@ def _finish(to, grad, through, HAS_STATES: tl.constexpr, inside):
     tl.store(to, grad.to(to.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["L", "G", "chunks"])
+@triton.jit(do_not_specialize=["L", "G", "chunks", "heads"])
 def _value_grads_kernel(
     x,
     dy,
@@ -99,6 +99,7 @@ def _value_grads_kernel(
     stride_db,
     stride_dl,
     stride_dg,
+    heads,
     PAIR: tl.constexpr,
     SHIFTED: tl.constexpr,
     HEADS: tl.constexpr,
@@ -196,7 +197,7 @@ def _value_grads_kernel(
         heads_of = projected + (batch * L + begin) * H + (j[:, None] * H + a[None, :])
         back = tl.load(heads_of, mask=inside & has_head[None, :], other=0.0)
         projection += head0 * P + (a[:, None] * (H * P) + p[None, :])
-    for h in tl.range(0, HEADS, num_stages=STAGES):
+    for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         at = h * (chunks * Q)
         row_f, row_b, column_f, column_b = load_decays(decays + at * 4, j)
         values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
@@ -393,7 +394,7 @@ def value_grads(
         x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
         sums.rows if sums.diagonal is None else sums.diagonal,
         sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
-        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, PAIR=pair,
+        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         ALL_HEADS=0 if back is None else max(16, triton.next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
