@@ -3,6 +3,7 @@
 from .._extras import imports_unannounced, require
 
 with imports_unannounced():
+    require("transformers", "text")
     require("transformers.modeling_utils", "text")  # and torchao, where that is installed
 
 from transformers import (
