@@ -56,11 +56,11 @@ class RowDropout(nn.Module):
 
 def by_row(model: nn.Module, width: int) -> Draw:
     """Put RowDropout in the place of every nn.Dropout of a model, all of which see vectors of one width."""
-    draw, number = Draw(), 0
+    draw, number, device = Draw(), 0, next((p.device for p in model.parameters()), None)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
-                setattr(module, name, RowDropout(child.p, width, number, draw).train(child.training))
+                setattr(module, name, RowDropout(child.p, width, number, draw).to(device).train(child.training))
                 number += 1
     return draw
 
