@@ -24,7 +24,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   fill-mask    show the likeliest words for each [MASK] of a text
   embed        write a vector for each paragraph of a file
   export       write a model as an ONNX or torch.export file that runs without this library
-  inspect      draw the matrices that a model mixes a sentence with
+  inspect      draw the matrices that a model mixes a sentence or a picture with
   convert      turn a released checkpoint into a folder that transformers loads
   bench        time a layer on this machine, beside attention
   ablate       compare the matrix classes: train a model of each, alike in all else
@@ -34,6 +34,7 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   image train  train an image classifier, by the paper's recipe on timm's parts
   image eval   measure one: top-1, top-5, pictures a second
   image predict  name pictures, and draw them with their names
+  image compare  compare ViT, Hydra-ViT and its rivals, alike in all else
 
 examples:
 
