@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .comparing import compare, compare_prepare
-from .images import image_eval, image_predict, image_train
+from .images import image_compare, image_eval, image_predict, image_train
 from .measuring import ablate, bench
 from .models import convert, embed, export, fill_mask, inspect
 from .training import data_prepare, pretrain
@@ -28,4 +28,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "image train": image_train,
     "image eval": image_eval,
     "image predict": image_predict,
+    "image compare": image_compare,
 }

@@ -165,3 +165,42 @@ def image_predict(
     from ..train.image.prediction import predict
 
     predict(folder, pictures, out)
+
+
+def image_compare(
+    *,
+    data: Annotated[str | None, _usual("PATH", "digits")] = None,
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/image-comparison"),
+    small: bool = False,
+    rows: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
+    seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2),
+    epochs: Annotated[int | None, _usual("N", "40")] = None,
+    jobs: Annotated[int | None, _usual("N", "3 on a GPU, else 1")] = None,
+    limit: Annotated[float | None, _usual("SECONDS", "none")] = None,
+) -> None:
+    """Compare image models that are alike in all else: ViT, Hydra-ViT, Hydra in place of attention, other matrices.
+
+    Measures their speed and memory, tunes a learning rate for each on the same small grid, trains each with several
+    seeds, and measures base models from 64 to 1,024 pixels. The same command goes on where it stopped.
+
+    In use:
+        hydra-ssm image compare --small
+        hydra-ssm image compare --data cifar10.tar.xz --out runs/cifar --limit 540
+
+    Args:
+        data: A .tar (also .xz) or folder with train/CLASS/PICTURE and test/CLASS/PICTURE.
+        out: The folder of the runs and of what they found: images.json, images.png.
+        small: Models that a CPU trains in minutes; no base models.
+        rows: vit, hydra_vit, hydra_dropin, low_rank, toeplitz, add.
+        seeds: Of the runs that count.
+        epochs: Of the runs that count.
+        jobs: Runs at once.
+        limit: Stop after so many seconds, and some more to save, to go on later.
+    """
+    require("timm", extra="vision")
+    from ..train.image.comparison import compare
+
+    settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    stages = ("speed", "tuning", "runs") if small else ("speed", "tuning", "runs", "resolutions")
+    size = "small" if small else None
+    compare(data, out, size=size, rows=rows, seeds=seeds, stages=stages, jobs=jobs, limit=limit, **settings)
