@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from hydra_ssm.cli import main
-from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder
 from hydra_ssm.train.image.pictures import Unreadable, open_picture
+from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
 from hydra_ssm.train.image.result import load
 from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
@@ -252,6 +253,19 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flower
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert resumed["course"] == json.loads((tmp_path / "whole" / "metrics.json").read_text())["course"]
     assert resume(out)["course"] == resumed["course"]  # it has ended
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bits(flowers, tmp_path, monkeypatch):
+    recipe = ImageRecipe.of(data=str(flowers), **TINY)
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Shown, "step", lambda self, done: signal.raise_signal(signal.SIGTERM) if done == 3 else None)
+        with pytest.raises(Stopped, match=r"saved after step 3 of 8; go on with --out .*out --resume") as stop:
+            train(recipe, tmp_path / "out")
+    assert stop.value.exit_code == 128 + signal.SIGTERM
+    assert main(["image", "train", "--out", str(tmp_path / "out"), "--resume"]) == 0
+    own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert own == other
 
 
 def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_path):
