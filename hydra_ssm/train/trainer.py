@@ -107,7 +107,7 @@ class MaskedLMTrainer(WholeCheckpoints):
         super().__init__(model, args, train[1], train[0], held_out[0], **options)
         self.remove_callback(PrinterCallback)  # of what is not a terminal's; ProgressBar says it in words
         self.net, self.rows, self.team = model, train[0], team
-        self.held_out_rows = held_out[0]
+        self.held_out_rows, self.held_out_collator = held_out
         self.batches, self.held_out_batches = (Batches(c, c.mask_token) for c in (train[1], held_out[1]))
         self.draw = by_row(model, model.config.hidden_size)
         self.cost, self.peak = step_cost(model), peak(device_name(args.device), args.bf16)
