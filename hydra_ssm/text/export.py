@@ -13,6 +13,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as tracing
 
 from .._extras import imports_unannounced, require
+from ..matrices.attention import Attention
+from ..matrices.low_rank import LowRank
+from ..matrices.semiseparable import Triangles
 from ..mixer import MatrixMixer
 from .config import HydraConfig
 from .inference import load
@@ -27,6 +30,7 @@ OUTPUTS = {
     "HydraForQuestionAnswering": ("start_logits", "end_logits"),
     "HydraModel": ("last_hidden_state", "sentence_embedding"),
 }
+ANY_LENGTH = (Attention, LowRank, Triangles)  # matrices whose product is one program for all lengths
 ANY = 1 << 31  # tokens or texts; more than will come
 SHORTEST = 2  # a text without words is [CLS] [SEP]
 UNSEEN = ((1, 2), (1, 129), (3, 40))  # batches and lengths that an exported program is checked at
@@ -55,6 +59,11 @@ def export(model: HydraPreTrainedModel) -> ExportedProgram:
 
     Raises ValueError for a model of another kind, or with matrices that do not export with a dynamic length.
     """
+    for mixer in model.modules():
+        if isinstance(mixer, MatrixMixer) and not issubclass(mixer.matrix_class, ANY_LENGTH):
+            raise ValueError(
+                f"{mixer.matrix_class.__name__} does not export with a dynamic length: its product has its own"
+            )
     longest = longest_document(model)
     sizes = {0: Dim("batch", min=1, max=ANY), 1: Dim("length", min=SHORTEST, max=longest)}
     example = example_inputs(model.config, 2, min(70, longest - 1))

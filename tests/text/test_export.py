@@ -20,7 +20,7 @@ from hydra_ssm.text import (
     HydraModel,
     HydraPreTrainedModel,
 )
-from hydra_ssm.text.export import OUTPUTS, export, read_onnx, write_onnx, write_torch
+from hydra_ssm.text.export import OUTPUTS, difference, export, read_onnx, write_onnx, write_torch
 from hydra_ssm.text.inference import TextModel
 
 ONE = {"num_hidden_layers": 1}  # a layer: exporters take seconds for each
@@ -86,10 +86,17 @@ def test_a_torch_file_runs_where_this_library_is_not(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_matrices_whose_product_needs_a_length_are_named() -> None:
-    model = HydraModel(tiny("hydra", mixers="toeplitz", max_position_embeddings=64, **ONE)).eval()
-    with pytest.raises(ValueError, match="a model of Toeplitz does not export with a dynamic length"):
+@pytest.mark.parametrize("name", ["toeplitz", "vandermonde", "cauchy"])
+def test_matrices_whose_product_depends_on_the_length_are_named(name: str) -> None:
+    model = HydraModel(tiny("hydra", mixers=name, max_position_embeddings=64, **ONE)).eval()
+    with pytest.raises(ValueError, match=f"{name.capitalize()} does not export with a dynamic length"):
         export(model)
+
+
+@pytest.mark.parametrize("name", ["low_rank", "concat"])
+def test_a_hybrid_of_other_linear_mixers_exports(name: str) -> None:
+    model = HydraModel(tiny("hydra", mixers=[name, "attention"], num_hidden_layers=2)).eval()
+    assert difference(model, export(model).module()) < 1e-5
 
 
 def test_a_model_of_many_choices_is_refused() -> None:
