@@ -16,6 +16,12 @@ def _by_preset(metavar: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint="(default: by preset)")
 
 
+def _choice(*choices: str, many: bool = False) -> Any:
+    """The first one is the default."""
+    metavar = f"{{{','.join(choices)}}}{' ...' if many else ''}"
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {choices[0]})")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of a run; those that are not given follow the preset."""
@@ -52,16 +58,16 @@ class Settings:
     """Instead of --steps: train until so many tokens were read."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None
     """Of the weights, the order of the rows, the masks and the dropout."""
-    precision: Annotated[Literal["auto", "bf16", "fp32"] | None, arg(help_behavior_hint="(default: auto)")] = None
+    precision: Annotated[Literal["auto", "bf16", "fp32"] | None, _choice("auto", "bf16", "fp32")] = None
     """Of matrix products. auto: bf16 on GPUs that have it."""
-    sharding: Annotated[Literal["ddp", "fsdp2"] | None, arg(help_behavior_hint="(default: ddp)")] = None
+    sharding: Annotated[Literal["ddp", "fsdp2"] | None, _choice("ddp", "fsdp2")] = None
     """Of several processes. ddp: each holds the whole model; fsdp2: a part, for models too large for one GPU."""
     compile: bool = False
     """Compile each layer by torch.compile: a minute at the start, faster steps."""
     activation_checkpointing: bool = False
     """Compute each layer twice instead of keeping what its gradient needs: less memory, a third more time."""
     report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb"], ...] | None, arg(help_behavior_hint="(default: tensorboard)")
+        tuple[Literal["tensorboard", "wandb"], ...] | None, _choice("tensorboard", "wandb", many=True)
     ] = None
     """Where the numbers go besides the terminal. W&B heeds its own variables, such as WANDB_MODE=offline."""
 
@@ -115,9 +121,8 @@ def pretrain(
     out = out or Path("runs") / (preset or "hydra-tiny")
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
-    if restarted() and RunFolder(out).exists():  # the launcher repeats the command after a process has died
-        recipe, score = go_on(out)
-    elif resume:
+    again = restarted() and RunFolder(out).exists()  # the launcher repeats the command after a process has died
+    if resume or again:
         recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
     else:
         recipe = Recipe.of(preset or "hydra-tiny", **settings_of(sources) | given)

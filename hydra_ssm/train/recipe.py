@@ -111,6 +111,9 @@ class Recipe:
 
     def going_on(self, given: Mapping[str, Any], out: object) -> Self:
         """The recipe with what is given, for the run in `out`. Raises UserError where that would change its result."""
+        given = dict(given)
+        if (tokens := given.pop("tokens", None)) is not None:
+            given["steps"] = _steps(type(self), tokens, asdict(self), "steps" in given)
         for name, value in given.items():
             if name not in HOW and getattr(self, name) != value:
                 raise UserError(f"{name} is {getattr(self, name)} in the run that goes on in {out}, got {value}")

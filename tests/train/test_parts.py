@@ -132,6 +132,13 @@ def test_a_setting_of_few_values_names_them(wrong: dict[str, object]) -> None:
         Recipe.of("hydra-tiny", **wrong)
 
 
+def test_a_run_goes_on_with_the_tokens_that_it_began_with() -> None:
+    begun = Recipe.of("hydra-tiny", tokens=10**5)
+    assert begun.going_on({"tokens": 10**5}, "run") == begun
+    with pytest.raises(UserError, match=f"steps is {begun.steps} in the run that goes on in run, got"):
+        begun.going_on({"tokens": 10**6}, "run")
+
+
 def test_how_a_run_is_computed_may_change_and_what_may_not() -> None:
     begun = Recipe.from_json(Recipe.of("hydra-tiny").to_json())
     on = begun.going_on({"sharding": "fsdp2", "accumulate": 2, "activation_checkpointing": True}, "run")
