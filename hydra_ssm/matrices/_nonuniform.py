@@ -161,7 +161,7 @@ def _read(heights: Tensor, point: Tensor, bump: Tensor) -> Tensor:
 
 def _read_and_slopes(heights: Tensor, point: Tensor, bump: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """That, and the gradient of the weights where its own is `grad`."""
-    y, slopes = torch.func.vjp(partial(_read, heights, point), bump)
+    y, slopes, *_ = torch.func.vjp(partial(_read, heights, point), bump)
     return y, slopes(grad)[0]
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ._parts import AT_ONCE, cuts
 from ._precision import at_least_float32
 from .base import Inputs, StructuredMatrix
 
@@ -36,6 +37,13 @@ class DFT(StructuredMatrix):
         return (torch.cos(2 * math.pi * turns) * self.size**-0.5).to(self.like.dtype).expand(B, H, L, L)
 
     def multiply(self, x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(at_least_float32(x), n=self.size, dim=1, norm="ortho").real
         place = torch.arange(x.shape[1], device=x.device)
-        return spectrum[:, torch.minimum(place, self.size - place)].to(x.dtype)  # the upper half mirrors the lower
+        place = torch.minimum(place, self.size - place)  # the upper half mirrors the lower
+
+        def transformed(x: Tensor) -> Tensor:
+            spectrum = torch.fft.rfft(at_least_float32(x), n=self.size, dim=1, norm="ortho").real
+            return spectrum[:, place].to(x.dtype)
+
+        B, _, H, P = x.shape
+        heads = cuts(H, AT_ONCE // (B * self.size * P))  # a transform takes several times the memory of its x
+        return torch.cat([transformed(x[:, :, own]) for own in heads], dim=2)
