@@ -230,7 +230,10 @@ def test_a_deep_copy_and_a_state_dict_carry_everything():
         ({"A_init_range": (-1, 1)}, "A_init_range must be two rising numbers above 0, got (-1, 1)"),
         ({"dt_limit": (0.5, 0.1)}, "dt_limit must be two rising numbers, the first at least 0, got (0.5, 0.1)"),
         ({"d_stat": 3}, "MatrixMixer has no option d_stat"),
-        ({"matrix": "attention", "impl": "fast"}, "impl must be one of recurrent, dense, chunked, plain, triton, got 'fast'"),
+        (
+            {"matrix": "attention", "impl": "fast"},
+            "impl must be one of recurrent, dense, chunked, plain, triton, got 'fast'",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(options, message):
