@@ -4,7 +4,8 @@
 
 For each kernel: registers and bytes that did not fit into them, and uniform registers that are read before anything is
 written to them. ptxas 12.8 does that where a product's operand has rows of 16 or 32 numbers and no loop is left around
-it: addresses are then random. Exits with 1 if it finds one. --quick: two of the shapes that it did so for.
+it: addresses are then random. Exits with 1 if it finds one. --quick: one of the shapes that it did so for, in two
+kernels.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Case:
     L: int
 
 
-QUICK = [Case(16, 64, 8, 8, 200), Case(64, 16, 8, 8, 200)]
+QUICK = [Case(64, 16, 8, 8, 200)]
 CASES = [
     *(Case(N, P, 8, 8, L) for N, P in ((16, 64), (32, 64), (64, 16), (64, 32)) for L in (100, 200)),
     *(Case(N, P, 8, 1, 200) for N in (16, 32, 64) for P in (16, 32, 64)),

@@ -172,8 +172,8 @@ def preset(name: str, **changes: Any) -> HydraConfig:
     - hydra-base: 23 Hydra layers, 112M parameters, the paper's Table 4.
     - bert-base: 12 layers of attention and feed-forward networks with learned positions, the baseline: 110M. Dropout is
       BERT's but for the attention weights, which have none.
-    - hydra-large, bert-large: BERT's large size, 24 layers of width 1024, and the 45 Hydra layers of that width that come
-      nearest to its parameters; 334M and 335M.
+    - hydra-large, bert-large: BERT's large size, 24 layers of width 1024, and the 45 Hydra layers of that width that
+      come nearest to its parameters; 334M and 335M.
     - hydra-medium, bert-medium: width 512, 13 layers against 7; 38.7M and 38.3M.
     - hydra-small, bert-small: width 384, 11 layers against 6; 23.0M and 22.7M.
     - hydra-tiny, bert-tiny: of one size, for a few minutes on a CPU.
