@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -114,6 +115,7 @@ def test_what_cannot_be_read_is_told(monkeypatch):
         (whole[: len(whole) // 2], "(?i)truncated"),
         (bytes(png), "."),
         (content(Image.new("RGB", (200, 100))), r"200 x 100 pixels, more than 10,000"),
+        (content(Image.new("RGB", (304, 3))), "304 x 3 pixels, one side more than 100 times the other"),
     ):
         with pytest.raises(Unreadable, match=told):
             open_picture(data)
@@ -175,6 +177,40 @@ def test_what_nobody_has_divided_has_a_tenth_held_out(flowers):
     assert len(open_held_out(str(flowers / "val"), sorted(COLOURS))) == 15
     with pytest.raises(UserError, match=r"the classes must be those of the model, red, .* got blue"):
         open_held_out(str(flowers / "val"), ["red"])
+
+
+@pytest.mark.parametrize("only", ["train", "val"])
+def test_one_part_alone_is_divided_and_no_picture_is_on_both_sides(only, flowers, tmp_path):
+    (tmp_path / only).symlink_to(flowers / only)
+    first, held_out, _ = open_parts(str(tmp_path), 0)
+    assert not set(first.index) & set(held_out.index)
+    assert len(first) + len(held_out) == {"train": 36, "val": 15}[only]
+    assert len(open_held_out(str(tmp_path), sorted(COLOURS))) == len(first) + len(held_out)
+
+
+def test_one_shard_is_a_data_set(flowers, tmp_path):
+    shards(flowers, tmp_path, with_cls=False)
+    first, held_out, classes = open_parts(str(min(tmp_path.rglob("*.tar"))), 0)
+    assert len(held_out) >= 1
+    assert set(classes) <= set(COLOURS)
+    assert not set(first.index) & set(held_out.index)
+
+
+def test_a_run_is_evaluated_on_what_it_was_not_trained_on(run, flowers, tmp_path, monkeypatch):
+    """Its own pictures are divided as it divided them; others are all new to it."""
+    import hydra_ssm.train.image.evaluation as evaluation
+
+    asked = []
+    monkeypatch.setattr(evaluation, "open_held_out", lambda *given: asked.append(given) or open_held_out(*given))
+    for seed, data in ((3, str(flowers / "train")), (3, str(flowers / "val"))):
+        folder = tmp_path / Path(data).name
+        shutil.copytree(run, folder)
+        recipe = json.loads((folder / "training" / "recipe.json").read_text())
+        recipe |= {"seed": seed, "data": str(flowers / "train")}
+        (folder / "training" / "recipe.json").write_text(json.dumps(recipe))
+        found = evaluation.evaluate(folder, data, workers=0, say=lambda _: None)
+        assert found["raw"]["pictures"] == {"train": 3, "val": 15}[Path(data).name]
+    assert [given[2:] for given in asked] == [(3, True), (3, False)]
 
 
 def test_a_damaged_shard_gives_the_pictures_before_the_damage(flowers, tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError
+from .folder import ImageFolder
 from .loading import MISSING, EvaluationOrder, Notes, Pictures, evaluation_transform, loader, normalized
 from .result import RAW, Config, load
 from .sources import Part, open_held_out
@@ -96,7 +97,7 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     part: Part | None = None
     for name, raw in kinds.items():
         model, config, classes = load(folder, device, raw=raw)
-        part = part or open_held_out(data, classes)
+        part = part or open_held_out(data, classes, *_division(folder, data))
         result, notes = score(model, part, config, device, batch_size=batch_size, workers=number_of_workers(workers))
         say(
             f"{name + ' weights':17} top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.3f}; "
@@ -108,6 +109,17 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     for line in told(notes):
         say(line)
     return {**found, "notes": notes}
+
+
+def _division(folder: Path, data: str | None) -> tuple[int, bool]:
+    """The seed that the run in the folder divided its pictures with, and whether it did so with these."""
+    run = ImageFolder(folder)
+    if not run.exists():
+        return 0, False
+    recipe = run.read_settings()
+    if data is None or recipe.data is None:
+        return recipe.seed, recipe.data is None
+    return recipe.seed, data == recipe.data or Path(data).resolve() == Path(recipe.data).resolve()
 
 
 def told(notes: Notes) -> list[str]:
@@ -131,4 +143,5 @@ def number_of_workers(given: int) -> int:
     if given >= 0:
         return given
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of a launcher, which share them
     return cores if cores > 1 and torch.cuda.is_available() else 0

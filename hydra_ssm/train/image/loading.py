@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from .pictures import UNREADABLE, Unreadable, open_picture
+from .pictures import UNREADABLE, open_picture
 from .recipe import ImageRecipe
 from .sources import Part
 
@@ -52,8 +52,9 @@ class Pictures(Dataset[tuple[Tensor, int, Notes]]):
             try:
                 picture, done = open_picture(self.part.source.read(i))
                 pixels = self.transform(picture)
-            except (Unreadable, OSError) as error:
-                notes[self.part.source.name(i)] = f"{UNREADABLE}: {error}"
+            except Exception as error:  # of whatever class: readers, decoders and transforms have many
+                reason = " ".join(str(error).split()) or type(error).__name__
+                notes[self.part.source.name(i)] = f"{UNREADABLE}: {reason}"
                 if self.training:
                     continue
                 pixels = self.transform(open_picture_of_nothing())

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MOST_PIXELS = 1 << 26  # of a picture that is decoded whole
+MOST_SIDES = 100  # of a picture, the longer over the shorter
 UNREADABLE = "cannot be read"
 GREY = {"1": "grey", "L": "grey", "LA": "grey"}
 KINDS = {"P": "palette", "PA": "palette", "RGBA": "transparent", "CMYK": "CMYK", **GREY}
@@ -46,6 +47,9 @@ def _decoded(content: bytes) -> tuple[Image.Image, str]:
             image.draft(None, (2048, 2048))  # JPEG alone can be decoded at a part of its size
             if image.width * image.height > MOST_PIXELS:
                 raise Unreadable(f"{whole[0]:,} x {whole[1]:,} pixels, more than {MOST_PIXELS:,}")
+        if max(image.size) > MOST_SIDES * min(image.size):  # its shorter side is scaled up to that of a square
+            size = f"{image.width:,} x {image.height:,} pixels"
+            raise Unreadable(f"{size}, one side more than {MOST_SIDES} times the other")
         image.load()
         upright = ImageOps.exif_transpose(image)
     return _rgb(upright if upright is not None else image), done

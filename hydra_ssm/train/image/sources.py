@@ -81,10 +81,13 @@ def open_parts(data: str | None, seed: int = 0) -> tuple[Part, Part, list[str]]:
     return _of_folders(path, seed)
 
 
-def open_held_out(data: str | None, classes: Sequence[str], seed: int = 0) -> Part:
-    """The pictures to evaluate on, with labels that count in `classes`. Raises UserError."""
+def open_held_out(data: str | None, classes: Sequence[str], seed: int = 0, trained: bool = False) -> Part:
+    """The pictures to evaluate on, with labels that count in `classes`. Raises UserError.
+
+    seed, trained: of the model's run, and whether it was trained on a part of these.
+    """
     train, held_out, found = open_parts(data, seed)
-    if data is not None and not _is_divided(train, held_out):
+    if data is not None and not trained and not _is_divided(train, held_out):
         held_out = Part(train.source, sorted([*train.index, *held_out.index]))  # all are new to the model
     if unknown := [name for name in found if name not in classes]:
         raise UserError(f"the classes must be those of the model, {', '.join(classes[:5])}, ..., got {unknown[0]}")
@@ -145,11 +148,9 @@ def _of_folders(path: Path, seed: int) -> tuple[Part, Part, list[str]]:
         _check_classes(source.classes, path)
         return _divided(source, seed)
     if train is None or held_out is None:
-        if held_out is not None:
-            source = Folder(held_out)
-            return _both(source, source)
-        assert train is not None
-        return _divided(Folder(train), seed)
+        only = train or held_out
+        assert only is not None
+        return _divided(Folder(only), seed)
     first = Folder(train)
     _check_classes(first.classes, train)
     return _both(first, Folder(held_out, first.classes))
@@ -239,7 +240,8 @@ def _shards(path: Path) -> list[Path]:
 
 def _of_shards(paths: list[Path], root: Path, seed: int) -> tuple[Part, Part, list[str]]:
     def is_held_out(path: Path) -> bool:
-        words = re.split(r"[^a-z]+", str(path.relative_to(root).with_suffix("")).lower())
+        below = path.relative_to(root.parent if root.is_file() else root)
+        words = re.split(r"[^a-z]+", str(below.with_suffix("")).lower())
         return any(name in words for name in HELD_OUT_NAMES)
 
     held_out = [path for path in paths if is_held_out(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -50,6 +51,9 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
     folder = folder_of(out, job)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
+    gc.collect()  # a run and its graph know each other; what the last one held is free before the next captures
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     run = Run(Plan.read(out), Data(data), job)
     run.load(newest_whole(folder))
     saved = time.monotonic()
