@@ -24,7 +24,7 @@ from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
 from .reporters import check_installed, reporting
-from .trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
+from .trainer import EvaluateAtTheEnd, GivenIntervals, MaskedLMTrainer, arguments
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
@@ -162,7 +162,7 @@ class Run:
             team=self.team,
             recipe=self.recipe,
             processing_class=self.data.tokenizer,
-            callbacks=[*callbacks, EvaluateAtTheEnd()],
+            callbacks=[*callbacks, GivenIntervals(), EvaluateAtTheEnd()],
         )
 
     def _facts(self, trainer: MaskedLMTrainer, score: Score) -> dict[str, Any]:

@@ -283,6 +283,13 @@ def _compile(model: HydraForMaskedLM) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
 
 
+class GivenIntervals(TrainerCallback):
+    """Trainer goes on with the intervals of its checkpoint; those of a resumed run may be others."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class EvaluateAtTheEnd(TrainerCallback):
     """Trainer saves after the last step, but evaluates there only where the interval meets it."""
 

@@ -93,6 +93,12 @@ def test_matrices_whose_product_depends_on_the_length_are_named(name: str) -> No
         export(model)
 
 
+def test_a_program_that_gives_nan_differs() -> None:
+    model = HydraModel(tiny("hydra", **ONE)).eval()
+    exact = export(model).module()
+    assert difference(model, lambda *inputs: tuple(torch.full_like(t, torch.nan) for t in exact(*inputs))) == torch.inf
+
+
 @pytest.mark.parametrize("name", ["low_rank", "concat"])
 def test_a_hybrid_of_other_linear_mixers_exports(name: str) -> None:
     model = HydraModel(tiny("hydra", mixers=[name, "attention"], num_hidden_layers=2)).eval()

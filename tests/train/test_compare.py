@@ -26,7 +26,7 @@ from hydra_ssm.train.comparison.command import best_rates
 from hydra_ssm.train.comparison.data import Batches, Data, plainly
 from hydra_ssm.train.comparison.loop import How, Trainee, make_optimizer, masked_loss, schedule
 from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
-from hydra_ssm.train.comparison.run import longer
+from hydra_ssm.train.comparison.run import POSITIONS, longer
 from hydra_ssm.train.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -266,6 +266,10 @@ def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:
     assert report["unfinished"] == ["tasks", "lengths"]
     assert any("the model of tokens-bert-seed-0 is missing" in line for line in said)
     assert any(run["stage"] == "seconds" for run in report["runs"])  # which needs none
+    saved = HydraForMaskedLM.from_pretrained(tmp_path / "elsewhere")
+    places = saved.state_dict()[POSITIONS]  # tasks read more than the rows had
+    assert len(places) == saved.config.max_position_embeddings > TINY["length"]
+    assert torch.equal(places[: TINY["length"]], places[TINY["length"] : 2 * TINY["length"]])
 
 
 def _check_parts(report: dict[str, Any], out: Path) -> None:

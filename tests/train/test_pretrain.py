@@ -136,6 +136,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(file: str, finished: Path, t
     assert_same_bits(tmp_path, finished)
 
 
+def test_a_resumed_run_may_save_at_other_steps(finished: Path, tmp_path: Path) -> None:
+    folder = unfinished(finished, tmp_path)
+    for step in (55, 60):
+        shutil.rmtree(folder.checkpoints / f"checkpoint-{step}")
+    resume(tmp_path, {"save_every": 7})
+    assert [p.name for p in checkpoints(folder.checkpoints)] == ["checkpoint-50", "checkpoint-56", "checkpoint-60"]
+    assert_same_bits(tmp_path, finished)
+
+
 def test_without_any_whole_checkpoint_a_run_begins_again(text_file: Path, tmp_path: Path) -> None:
     pretrain(recipe(text_file, steps=8), tmp_path / "one")
     folder = unfinished(tmp_path / "one", tmp_path / "two")

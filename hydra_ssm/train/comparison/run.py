@@ -55,7 +55,8 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
             record["diverged"] = str(error)
         if run.stage in ("tokens", "seconds") and "diverged" not in record:
             with whole_folder(out / MODELS_FOLDER / run.name) as part:
-                training.trainee.net.save_pretrained(part)
+                net = training.trainee.net  # tasks have longer rows, where learned positions must not be random
+                longer(net, plan.length, net.config.max_position_embeddings).save_pretrained(part)
                 data.tokenizer.save_pretrained(part)
     record["seconds_in_all"] = round(time.perf_counter() - began, 1)  # of the call that ended it
     _write(out / RUNS / f"{run.name}.json", record)
