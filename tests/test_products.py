@@ -275,6 +275,31 @@ def test_transforms_are_of_fast_lengths():
         assert found == 1
 
 
+def test_a_long_transform_takes_its_heads_in_parts(monkeypatch):
+    """What it needs beside x is bounded; the product and its gradient are those of the entries."""
+    from hydra_ssm.matrices import DFT, dft
+
+    called = []
+    of_torch = torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda x, **given: called.append(x.shape[2]) or of_torch(x, **given))
+    monkeypatch.setattr(dft, "AT_ONCE", 2 * 40 * 3 * 2)
+    x = torch.randn(2, 37, 5, 3, dtype=torch.float64, requires_grad=True)
+    M, grad = DFT(None, 40, x), torch.randn(2, 37, 5, 3, dtype=torch.float64)
+    found, wanted = M @ x, torch.einsum("bhij,bjhp->bihp", M.dense(), x)
+    assert called == [2, 2, 1]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(wanted, x, grad))
+
+
+def test_vandermonde_asks_for_no_value_where_there_is_none():
+    """Tracers that do not say so (torch 2.11, of `M @ x`) are known by their tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.randn(2, 1, 130, 2, 3)
+        assert (Vandermonde(None, q, k, 0.1) @ torch.randn(1, 130, 2, 4)).shape == (1, 130, 2, 4)
+
+
 @pytest.mark.slow
 @APPROXIMATE
 def test_a_compiled_product_is_right(matrix):
