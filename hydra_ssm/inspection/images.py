@@ -83,11 +83,13 @@ def inspect_picture(
     Raises ValueError where there is no model, no such layers, heads or patches, too many patches, or a file of another
     origin where one is to be written; OSError where there is no picture.
     """
-    from ..vision.loading import load_image_model, open_picture
+    from ..vision.loading import load_image_model
+    from ..vision.pictures import open_picture
 
     check_out(out, MAPS)
     loaded = load_image_model(folder)
-    pixels = loaded.prepare(open_picture(picture, loaded.channels))[None]
+    opened, _ = open_picture(picture.read_bytes())
+    pixels = loaded.prepare(opened.convert("L") if loaded.channels == 1 else opened)[None]
     grid = patch_grid(loaded.model, pixels)
     if math.prod(grid) > MOST:
         raise ValueError(f"the picture must have at most {MOST} patches to be drawn, it has {math.prod(grid)}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
@@ -48,12 +48,6 @@ def load_image_model(folder: Path) -> PictureModel:
     except (KeyError, TypeError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"the image model in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
     raise ValueError(f"{folder} must hold an image model: what timm or transformers save, with {CONFIG}")
-
-
-def open_picture(path: Path, channels: int) -> Image.Image:
-    """A picture from a file, upright. Raises OSError where it is none."""
-    with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ from PIL import Image
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
+from hydra_ssm.train.image import training
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder
-from hydra_ssm.train.image.pictures import Unreadable, open_picture
 from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
 from hydra_ssm.train.image.result import load
 from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
 from hydra_ssm.train.image.training import Run, resume, train
+from hydra_ssm.vision.pictures import Unreadable, open_picture
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 70), "red": (220, 40, 50)}
 TINY = {
@@ -105,7 +107,7 @@ def test_a_picture_is_turned_as_its_camera_says():
 
 
 def test_what_cannot_be_read_is_told(monkeypatch):
-    monkeypatch.setattr("hydra_ssm.train.image.pictures.MOST_PIXELS", 10_000)
+    monkeypatch.setattr("hydra_ssm.vision.pictures.MOST_PIXELS", 10_000)
     whole = content(coloured(COLOURS["red"], 0), "JPEG")
     png = bytearray(content(coloured(COLOURS["red"], 0)))
     png[60] ^= 255
@@ -119,7 +121,7 @@ def test_what_cannot_be_read_is_told(monkeypatch):
     ):
         with pytest.raises(Unreadable, match=told):
             open_picture(data)
-    monkeypatch.setattr("hydra_ssm.train.image.pictures.MOST_PIXELS", 5_000_000)
+    monkeypatch.setattr("hydra_ssm.vision.pictures.MOST_PIXELS", 5_000_000)
     picture, done = open_picture(content(Image.new("RGB", (4096, 4096)), "JPEG"))
     assert (done, picture.size) == ("huge", (2048, 2048))
 
@@ -167,6 +169,18 @@ def test_folders_shards_and_data_sets_hold_the_same_pictures(flowers, tmp_path):
         assert classes == (["0", "1", "2"] if name == "cls" else sorted(COLOURS)), name
     assert len(expected[0]) == 36
     assert len(expected[1]) == 15
+
+
+def test_pictures_without_a_class_are_refused(flowers, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
+    picture = {"path": str(flowers / "train" / "red" / "00.png"), "bytes": None}
+    labels = {"train": (0, 1, 2), "test": (1, -1)}
+    rows = {name: [{"image": picture, "label": label} for label in own] for name, own in labels.items()}
+    splits = {name: datasets.Dataset.from_list(own, features=features) for name, own in rows.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match="must have a class, 1 have none"):
+        open_parts(str(tmp_path / "set"), 0)
 
 
 def test_what_nobody_has_divided_has_a_tenth_held_out(flowers):
@@ -289,6 +303,33 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flower
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert resumed["course"] == json.loads((tmp_path / "whole" / "metrics.json").read_text())["course"]
     assert resume(out)["course"] == resumed["course"]  # it has ended
+
+
+@pytest.mark.parametrize("save_every", [1, 0])
+def test_weights_that_are_not_finite_are_never_saved(save_every, flowers, tmp_path, monkeypatch):
+    """Though losses are looked at now and then alone."""
+    step = Run._step
+
+    def broken(self, batch):
+        step(self, batch)
+        if self.done == (3 if save_every else 8):
+            next(self.model.parameters()).data.fill_(torch.nan)
+
+    monkeypatch.setattr(Run, "_step", broken)
+    with pytest.raises(UserError, match="its weights are no longer finite"):
+        train(ImageRecipe.of(data=str(flowers), **TINY, save_every=save_every), tmp_path / "out")
+    kept = sorted(path.name for path in (tmp_path / "out/training/checkpoints").iterdir())
+    assert kept == (["checkpoint-1", "checkpoint-2"] if save_every else ["checkpoint-4"])
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_batch_must_divide_among_the_processes_of_a_resumed_run_too(flowers, tmp_path, monkeypatch):
+    monkeypatch.setattr(Shown, "step", lambda self, done: signal.raise_signal(signal.SIGTERM) if done == 3 else None)
+    with pytest.raises(Stopped):
+        train(ImageRecipe.of(data=str(flowers), **TINY), tmp_path)
+    monkeypatch.setattr(training, "processes", lambda: nullcontext((0, 3, torch.device("cpu"))))
+    with pytest.raises(UserError, match="batch_size = 8 in accumulate = 1 parts must divide among 3 processes"):
+        resume(tmp_path)
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bits(flowers, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...vision.pictures import UNREADABLE, open_picture
 from ..errors import UserError
-from .pictures import UNREADABLE, open_picture
 from .recipe import ImageRecipe
 from .sources import Part
 

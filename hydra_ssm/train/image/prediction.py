@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from ..._extras import require
+from ...vision.pictures import open_picture
 from ..checkpoints import whole_file
 from ..errors import UserError
 from .evaluation import logits_of
 from .loading import evaluation_transform
-from .pictures import Unreadable, open_picture
 from .result import load
 from .sources import ENDINGS
 
@@ -55,7 +55,7 @@ def predict(folder: Path, pictures: Sequence[Path], sheet: Path | None, *, say: 
         for file in files[start : start + TOGETHER]:
             try:
                 picture, _ = open_picture(file.read_bytes())
-            except (Unreadable, OSError) as error:
+            except OSError as error:
                 broken.append(f"  {file}: {error}")
                 continue
             readable.append((file, transform(picture)))

@@ -271,10 +271,14 @@ class HubSplit:
         values = split[label]
         self.split, self.column, self.title = split.cast_column(image, datasets.Image(decode=False)), image, name
         feature = split.features[label]
-        own = list(feature.names) if kinds[label] == "ClassLabel" else sorted({str(v) for v in values}, key=_natural)
-        self.classes = list(classes or own)
+        named = kinds[label] == "ClassLabel"
+        if without := sum(v is None or (named and v < 0) for v in values):  # -1 is how test splits hide it
+            raise UserError(f"every picture of {name} must have a class, {without:,} have none")
+        texts = [feature.names[v] if named else str(v) for v in values]
+        self.classes = list(classes or (feature.names if named else sorted(set(texts), key=_natural)))
         number = {value: i for i, value in enumerate(self.classes)}
-        texts = [own[v] for v in values] if kinds[label] == "ClassLabel" else [str(v) for v in values]
+        if unknown := sorted(set(texts) - number.keys()):
+            raise UserError(f"every class of {name} must be trained on, got {unknown[0]}")
         self.labels = [number[text] for text in texts]
 
     def read(self, i: int) -> bytes:

@@ -90,6 +90,7 @@ def resume(out: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any] 
         return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     folder.check_prepared()
     with processes() as (rank, world, device):
+        _check_divides(folder.read_settings(), world)
         return Run(folder, rank, world, device).train()
 
 
@@ -205,6 +206,7 @@ class Run:
                 if self.done < self.steps and self._anybody(asked.is_set()):
                     self._save()
                     raise Stopped(self.done, self.steps, received[0] if received else 15, self.folder.path)
+        self._check_finite()
         self.notes = self._gathered(self.notes)
         if self.rank > 0:
             _wait(self.world)
@@ -317,7 +319,13 @@ class Run:
         dist.all_gather_object(everybody, notes)
         return {name: text for own in everybody for name, text in own.items()}
 
+    def _check_finite(self) -> None:
+        """Raises Diverged, in all processes."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise Diverged(self.done, "its weights are no longer finite", self.recipe.learning_rate)
+
     def _save(self) -> None:
+        self._check_finite()
         notes = self._gathered(self.notes)
         if self.rank > 0:
             return

@@ -15,7 +15,7 @@ GREY = {"1": "grey", "L": "grey", "LA": "grey"}
 KINDS = {"P": "palette", "PA": "palette", "RGBA": "transparent", "CMYK": "CMYK", **GREY}
 
 
-class Unreadable(Exception):
+class Unreadable(OSError):
     """A file that holds no picture, or not all of it, or too large a one. The message says which."""
 
 
