@@ -19,15 +19,17 @@ from small_text import sentences
 
 from hydra_ssm.cli import main
 from hydra_ssm.text import HydraForMaskedLM, preset
-from hydra_ssm.text.collators import IGNORED
+from hydra_ssm.text.collators import IGNORED, MaskedLMCollator
 from hydra_ssm.text.tokenizer import train_tokenizer
+from hydra_ssm.train.batches import Batches
 from hydra_ssm.train.comparison import Plan, compare, prepare
 from hydra_ssm.train.comparison.command import best_rates
-from hydra_ssm.train.comparison.data import Batches, Data, plainly
-from hydra_ssm.train.comparison.loop import How, Trainee, make_optimizer, masked_loss, schedule
+from hydra_ssm.train.comparison.data import Data, plainly
 from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
 from hydra_ssm.train.comparison.run import POSITIONS, longer
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.loop import schedule
+from hydra_ssm.train.trainee import How, Trainee, make_optimizer, masked_loss
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY: dict[str, Any] = {
@@ -74,22 +76,36 @@ def test_rows_are_consecutive_tokens_of_one_document_between_cls_and_sep(folder:
     assert found[:, 1:-1].reshape(-1).tolist() == whole[: 14 * len(rows)]
 
 
+def make(data: Data, rows: int, seed: int = 0, parts: int = 1) -> Batches:
+    """Of rows of 16 tokens, 30 % of which are hidden."""
+    return Batches(data.rows("train", 16), MaskedLMCollator(data.tokenizer, 0.3), rows, seed, parts)
+
+
 def test_both_models_and_a_resumed_run_see_the_same_batches(data: Data) -> None:
-    first, again = (Batches(data, 16, 64, 0.3, seed=0) for _ in range(2))
-    other = Batches(data, 16, 64, 0.3, seed=1)
+    first, again, other = make(data, 4), make(data, 4), make(data, 4, seed=1)
     for step in (0, 5, 300):  # over several passes
-        assert all(
-            torch.equal(a, b) for a, b in zip(vars(first[step]).values(), vars(again[step]).values(), strict=True)
-        )
-        assert not torch.equal(first[step].input_ids, other[step].input_ids)
+        one, same, another = first[step][0], again[step][0], other[step][0]
+        assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(same).values(), strict=True))
+        assert not torch.equal(one.input_ids, another.input_ids)
+
+
+def test_a_batch_in_parts_is_the_same_batch(data: Data) -> None:
+    (whole,), parts = make(data, 8)[7], make(data, 8, parts=4)[7]
+    assert len(parts) == 4
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+    places = [part.places[part.labels != IGNORED] + 2 * 16 * number for number, part in enumerate(parts)]
+    kept = whole.labels != IGNORED
+    assert torch.equal(torch.cat(places), whole.places[kept])
+    assert torch.equal(torch.cat([part.labels[part.labels != IGNORED] for part in parts]), whole.labels[kept])
+    assert all(part.count == whole.count == kept.sum() for part in parts)
 
 
 def test_a_pass_shows_every_row_once(data: Data) -> None:
-    batches = Batches(data, 16, 16, 0.3, seed=0)
+    batches = make(data, 1)
     rows = batches.rows.take(np.arange(len(batches.rows)))
     seen = []
     for step in range(len(rows)):
-        batch = batches[step]
+        (batch,) = batches[step]
         tokens = batch.input_ids.flatten().clone()
         kept = batch.labels != IGNORED
         tokens[batch.places[kept]] = batch.labels[kept]
@@ -98,8 +114,8 @@ def test_a_pass_shows_every_row_once(data: Data) -> None:
 
 
 def test_the_share_of_hidden_tokens_is_the_papers_in_training_and_in_evaluation(data: Data) -> None:
-    batches = Batches(data, 16, 1024, 0.3, seed=0)
-    share = np.mean([float((batches[i].labels != IGNORED).sum()) for i in range(20)]) / (1024 * 14 / 16)
+    batches = make(data, 64)
+    share = np.mean([float((batches[i][0].labels != IGNORED).sum()) for i in range(20)]) / (1024 * 14 / 16)
     assert abs(share - 0.30) < 0.02
     inputs, labels = data.evaluation("books", 16, 1 << 14)
     assert abs(float((labels != IGNORED).float().mean()) / (14 / 16) - 0.15) < 0.03
@@ -124,7 +140,7 @@ def test_the_schedule_is_the_papers() -> None:
 def test_decay_is_decoupled_and_spares_norms_biases_and_decays() -> None:
     net = HydraForMaskedLM(preset("hydra-tiny", vocab_size=200, hidden_size=32, num_hidden_layers=1, headdim=16))
     rate = 2e-3
-    optimizer = make_optimizer(net, rate, fused=False)
+    optimizer = make_optimizer(net, rate, 1e-5 / rate, fused=False)
     names = {id(p): name for name, p in net.named_parameters()}
     decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert decayed | free == set(names.values())
@@ -145,24 +161,44 @@ def test_the_loss_and_its_gradient_are_those_of_the_model(data: Data) -> None:
         "hydra-tiny", vocab_size=208, hidden_size=32, num_hidden_layers=1, headdim=16, embedding_dropout=0.0
     )
     net = HydraForMaskedLM(config).double().train()
-    batch = Batches(data, 16, 64, 0.3, seed=0)[0]
+    (batch,) = make(data, 4)[0]
     labels = torch.full(batch.input_ids.shape, IGNORED).flatten()
     kept = batch.labels != IGNORED
     assert not kept.all()  # some places are no token's
     labels[batch.places[kept]] = batch.labels[kept]
     expected = net(input_ids=batch.input_ids, labels=labels.view_as(batch.input_ids)).loss
     wanted = torch.autograd.grad(expected, list(net.parameters()))
-    trainee = Trainee(net, 1e-3, torch.device("cpu"), How(), print)
+    trainee = Trainee(net, 1e-3, 0.01, 1.0, torch.device("cpu"), How(), print)
     trainee.warm_up(batch)
     trainee._forward_and_backward()
-    assert trainee.loss == pytest.approx(float(expected.detach()), rel=1e-6)  # cross-entropy in float32
+    assert trainee.found[0] == pytest.approx(float(expected.detach()), rel=1e-6)  # cross-entropy in float32
     for parameter, exact in zip(net.parameters(), wanted, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, exact, rtol=1e-5, atol=1e-7)
 
 
-def test_a_loss_without_labels_is_zero() -> None:
-    assert masked_loss(torch.randn(3, 5), torch.full((3,), IGNORED)) == 0
+def test_a_step_in_parts_is_the_same_step(data: Data) -> None:
+    after = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        config = preset(
+            "hydra-tiny", vocab_size=208, hidden_size=32, num_hidden_layers=1, headdim=16, embedding_dropout=0.0
+        )
+        trainee = Trainee(HydraForMaskedLM(config).double(), 1e-3, 0.01, 1.0, torch.device("cpu"), How(), print)
+        batches = make(data, 8, parts=parts)
+        trainee.warm_up(batches[0][0])
+        for step in range(3):
+            trainee.step(batches[step], 1e-3, seed=step)
+        after.append((trainee.means(3), [p.detach().clone() for p in trainee.net.parameters()]))
+    (means, weights), (others, same) = after
+    assert means == pytest.approx(others, rel=1e-5)
+    for one, other in zip(weights, same, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)  # cross-entropy in float32
+
+
+def test_what_is_hidden_nowhere_has_no_loss() -> None:
+    loss, right = masked_loss(torch.randn(3, 5), torch.full((3,), IGNORED), torch.tensor(1.0))
+    assert loss == right == 0
 
 
 def test_longer_rows_repeat_the_positions_that_were_trained() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from ..ablation.command import Interrupted
 from ..errors import UserError
+from ..trainee import How
 from ..workers import Event, Say, Until, speak, stopping
 from .data import Data, check_whole
-from .loop import How
 from .plan import MODELS, NAME, TEXTS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
 from .report import Report, collect, draw_curves, draw_lengths, table, write_json
 from .run import MODELS_FOLDER, RUNS, Record, free_memory, train

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...text.collators import IGNORED, MaskedLMCollator, Row
+from ...text.collators import MaskedLMCollator
 from ...text.tokenizer import load_tokenizer
+from ..batches import together
 from ..checkpoints import damage, whole_folder
 from ..errors import UserError
 from ..finetune.tasks import TASKS, plain
@@ -30,15 +30,6 @@ FACTS, GLUE, TOKENIZER, TRAIN = "data.json", "glue", "tokenizer", "train"
 LONG = 1 << 20  # tokens of a piece that is put back together
 UNKNOWN_WORD = re.compile(r"<unk>")
 SPACED = re.compile(r" @(.)@ ")  # as WikiText writes the hyphens and points inside words and numbers
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows with hidden tokens, in shapes that are the same for every batch."""
-
-    input_ids: Tensor  # (rows, length)
-    places: Tensor  # (capacity,) of the hidden tokens in the rows laid end to end; 0 where there are no more
-    labels: Tensor  # (capacity,) their tokens; IGNORED where there are no more
 
 
 class Rows:
@@ -85,37 +76,8 @@ class Data:
         rows = self.rows(name, length)
         count = min(len(rows), max(1, most // length))
         tokens = rows.take(np.linspace(0, len(rows) - 1, count).round().astype(int))
-        inputs, labels = MaskedLMCollator(self.tokenizer, EVALUATION_RATE).mask(_one(tokens, key=(0,)))
+        inputs, labels = MaskedLMCollator(self.tokenizer, EVALUATION_RATE).mask(together(tokens, key=(0,)))
         return torch.from_numpy(inputs.reshape(tokens.shape)), torch.from_numpy(labels.reshape(tokens.shape))
-
-
-class Batches:
-    """The batch of each step: a function of seed and step alone, so that a resumed run sees what it would have seen."""
-
-    def __init__(self, data: Data, length: int, batch_tokens: int, rate: float, seed: int) -> None:
-        self.rows, self.seed, self.count = data.rows(TRAIN, length), seed, batch_tokens // length
-        self.collator = MaskedLMCollator(data.tokenizer, rate)
-        spread = (batch_tokens * rate * (1 - rate)) ** 0.5
-        self.capacity = min(batch_tokens, int(-(-(batch_tokens * rate + 6 * spread) // 64) * 64))
-        self._order = cache(self._shuffled)
-
-    def __getitem__(self, step: int) -> Batch:
-        places = np.arange(step * self.count, (step + 1) * self.count)
-        epochs, within = np.divmod(places, len(self.rows))
-        tokens = self.rows.take(np.array([self._order(int(e))[w] for e, w in zip(epochs, within, strict=True)]))
-        inputs, labels = self.collator.mask(_one(tokens, key=(self.seed, step)))
-        hidden = np.flatnonzero(labels != IGNORED)[: self.capacity]
-        where, what = np.zeros(self.capacity, np.int64), np.full(self.capacity, IGNORED)
-        where[: len(hidden)], what[: len(hidden)] = hidden, labels[hidden]
-        return Batch(torch.from_numpy(inputs.reshape(tokens.shape)), torch.from_numpy(where), torch.from_numpy(what))
-
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-
-
-def _one(tokens: NDArray[np.int64], key: tuple[int, ...]) -> Row:
-    """Rows as one whose tokens are hidden together, which is quicker."""
-    return Row(tokens.reshape(-1), np.array([tokens.size]), key)
 
 
 def write(

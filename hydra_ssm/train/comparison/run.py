@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from dataclasses import asdict
@@ -14,15 +13,20 @@ from transformers import set_seed
 
 from ...bench.machine import facts
 from ...text import HydraForMaskedLM, preset
+from ...text.collators import MaskedLMCollator
 from ...text.messages import quiet
+from ..batches import Batches
 from ..checkpoints import remove, whole_file, whole_folder
 from ..errors import UserError
+from ..loop import Course, NotFinite, Training, free_memory
+from ..trainee import How
 from ..workers import Say, Until
-from .data import Data
-from .loop import How, NotFinite, Training
-from .plan import Plan, Run
+from .data import TRAIN, Data
+from .plan import DECAY, TEXTS, Plan, Run
 
 RUNS, MODELS_FOLDER, CHECKPOINTS = "runs", "models", "checkpoints"
+CLIP = 1.0
+FEW = 4  # evaluations of a run of which the end alone counts
 POSITIONS = "model.embeddings.position_embeddings.weight"
 
 Record = dict[str, Any]
@@ -45,7 +49,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
     record: Record = {"name": run.name, **asdict(run), "preset": getattr(plan, run.model)}
     free_memory()
     with quiet():
-        training = Training(run, plan, data, _model(out, run, plan, data), folder, how, say)
+        training = _training(out, run, plan, data, folder, how, say)
         try:
             if not training.fit(until):
                 return None
@@ -64,13 +68,23 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
     return record
 
 
-def free_memory() -> None:
-    """What the run before has left on a GPU."""
-    if torch.cuda.is_available():
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+def _training(out: Path, run: Run, plan: Plan, data: Data, folder: Path, how: How, say: Say) -> Training:
+    whole = run.stage in ("tokens", "seconds")
+    course = Course(
+        run.name, run.steps, run.rate, DECAY / run.rate, CLIP, run.seed,
+        evaluations=plan.evaluations if whole else min(FEW, plan.evaluations), evaluate_first=True,
+        batch_tokens=plan.batch_tokens, save_after=plan.save_after,
+    )  # fmt: skip
+    texts = {name: data.evaluation(name, run.length, plan.evaluation_tokens) for name in TEXTS}
+    return Training(
+        course, batches(data, run.length, plan, run.seed), texts, _model(out, run, plan, data), folder, how, say
+    )
+
+
+def batches(data: Data, length: int, plan: Plan, seed: int) -> Batches:
+    """Of both models alike."""
+    rows, collator = data.rows(TRAIN, length), MaskedLMCollator(data.tokenizer, plan.mask_rate)
+    return Batches(rows, collator, plan.batch_tokens // length, seed)
 
 
 def _write(path: Path, record: Record) -> None:
@@ -116,5 +130,5 @@ def _results(training: Training, plan: Plan, how: How) -> Record:
         "accuracies": {name.removesuffix("_accuracy"): last[name] for name in last if name.endswith("_accuracy")},
         "curve": training.curve, "training": training.training,
         "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "graph": on_gpu and how.graph, "compiled": on_gpu and how.compile, "machine": facts(training.device),
+        "graph": training.trainee.graph, "compiled": on_gpu and how.compile, "machine": facts(training.device),
     }  # fmt: skip

@@ -1,0 +1,186 @@
+"""A model in training: its optimizer, and steps of one shape, which a GPU replays as a graph without Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..bench.clock import captured
+from ..mixer import MatrixMixer
+from ..text import HydraForMaskedLM
+from ..text.collators import IGNORED
+from .baseline import Score
+from .batches import Batch
+from .workers import Say
+
+
+@dataclass(frozen=True)
+class How:
+    """What makes a GPU's run fast. None of it changes what is computed but for rounding."""
+
+    graph: bool = True
+    compile: bool = True
+
+
+class Means(NamedTuple):
+    """Of the hidden tokens of some steps."""
+
+    loss: float
+    accuracy: float
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # a copy would be of another graph's memory
+
+
+def masked_loss(logits: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy of the labelled rows, summed and divided by `count`; how many are right)."""
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / count
+    return loss, (logits.detach().argmax(-1) == labels).sum()
+
+
+def make_optimizer(net: nn.Module, rate: float, decay: float, fused: bool) -> torch.optim.AdamW:
+    """Decay on matrices alone: not on biases, norms, and the numbers that Hydra's decays and skips are made of."""
+    mixers = [(path, m) for path, m in net.named_modules() if isinstance(m, MatrixMixer)]
+    free = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
+    norms = {id(p) for m in net.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in net.named_parameters():
+        without = name in free or name.endswith("bias") or id(parameter) in norms
+        (others if without else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
+
+class Trainee:
+    """A model, its optimizer, and steps on batches of one shape.
+
+    Args:
+        rate, decay: the optimizer's, to begin with.
+        clip: largest norm of the gradients; 0 for any.
+    """
+
+    def __init__(
+        self, net: HydraForMaskedLM, rate: float, decay: float, clip: float, device: torch.device, how: How, say: Say
+    ) -> None:
+        net.to(device)  # type: ignore[arg-type]
+        self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
+        self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
+        self.graph = False  # whether it has one
+        self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
+        self.total = torch.zeros(3, device=device)  # of the parts since it was read
+        self._compute: Callable[[], Any] = self._forward_and_backward
+        self._criterion: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = masked_loss
+        self._batch: Batch | None = None
+        self._sums: list[Tensor] = []
+
+    def warm_up(self, batch: Batch) -> None:
+        """Compile and capture, without a change to the weights."""
+        self._put(batch)
+        self.net.train()
+        if self.device.type != "cuda":
+            return
+        if self.how.compile:
+            for layer in self.net.model.encoder.layers:
+                layer.compile(dynamic=False)
+            self._criterion = torch.compile(masked_loss, dynamic=False)
+        self._compute()  # what is chosen or compiled once
+        if self.how.graph:
+            self._capture()
+        torch.cuda.synchronize()
+
+    def _capture(self) -> None:
+        generator = torch.cuda.default_generators[self.device.index or torch.cuda.current_device()]
+        try:
+            self._compute, self.graph = captured(self._forward_and_backward, self.device), True
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that waits for the device, or reads from the host
+            self.say(f"no CUDA graph, training is slower: {str(error).splitlines()[0]}")
+            generator.graphsafe_set_state(torch.Generator(self.device))  # the old state believes itself captured
+
+    def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
+        """One step of training on all of the parts. Nothing waits for the device."""
+        torch.manual_seed(seed)  # of the dropout
+        for number, part in enumerate(parts):
+            self._put(part)
+            self._compute()
+            self.total += self.found
+            if len(parts) > 1:
+                self._add_up(number, len(parts))
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _add_up(self, number: int, parts: int) -> None:
+        """The gradients: each part's are written over the last's."""
+        own = [p.grad for p in self.net.parameters() if p.grad is not None]
+        if number == 0:
+            self._sums = [gradient.clone() for gradient in own]
+            return
+        torch._foreach_add_(self._sums, own)
+        if number == parts - 1:
+            torch._foreach_copy_(own, self._sums)
+
+    def means(self, steps: int) -> Means:
+        """Of the steps since the last call; waits for the device."""
+        loss, right, hidden = self.total.tolist()
+        self.total.zero_()
+        return Means(loss / max(1, steps), right / max(1.0, hidden))
+
+    @torch.no_grad()
+    def score(self, inputs: Tensor, labels: Tensor, batch_tokens: int) -> Score:
+        """How well held-out tokens are predicted."""
+        self.net.eval()
+        loss, right, hidden = 0.0, 0, 0
+        with autocast(self.device), self._eager():
+            for part in range(0, len(inputs), rows := max(1, batch_tokens // inputs.shape[1])):
+                ids, wanted = (t[part : part + rows].to(self.device) for t in (inputs, labels))
+                places = (wanted.flatten() != IGNORED).nonzero()[:, 0]
+                wanted = wanted.flatten()[places]
+                logits = self._logits(ids, places).float()
+                loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
+                right += int((logits.argmax(-1) == wanted).sum())
+                hidden += len(wanted)
+        self.net.train()
+        return Score(loss / hidden, right / hidden, hidden)
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Other shapes than those of the training are not worth a compilation."""
+        return torch.compiler.set_stance("force_eager") if self.how.compile else nullcontext()
+
+    def _logits(self, ids: Tensor, places: Tensor) -> Tensor:
+        h = self.net.model(input_ids=ids).last_hidden_state
+        return self.net.predict(h.flatten(0, 1).index_select(0, places))
+
+    def _forward_and_backward(self) -> None:
+        assert self._batch is not None
+        labels = self._batch.labels
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device):
+            logits = self._logits(self._batch.input_ids, self._batch.places)
+            loss, right = self._criterion(logits, labels, self._batch.count)
+        loss.backward()
+        self.found = torch.stack([loss.detach().float(), right.float(), (labels != IGNORED).sum().float()])
+
+    def _put(self, batch: Batch) -> None:
+        """Into the tensors that a graph reads."""
+        if self.device.type == "cpu":
+            self._batch = batch
+        elif self._batch is None:
+            self._batch = Batch(*(t.to(self.device) for t in vars(batch).values()))
+        else:
+            for ours, new in zip(vars(self._batch).values(), vars(batch).values(), strict=True):
+                ours.copy_(new.pin_memory(), non_blocking=True)
