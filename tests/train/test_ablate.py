@@ -28,9 +28,10 @@ from hydra_ssm.mixer import MatrixMixer
 from hydra_ssm.text import preset
 from hydra_ssm.train.ablation import GROUPS, SIZES, Interrupted, Plan, ablate, all_rows
 from hydra_ssm.train.ablation import run as runs
-from hydra_ssm.train.ablation.data import Data, FullRowsCollator
+from hydra_ssm.train.ablation.data import Data
 from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, parameters, state
 from hydra_ssm.train.ablation.run import Key
+from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.workers import Until, stopping
 
@@ -142,27 +143,19 @@ def test_one_seed_means_the_same_batches_and_masks_for_every_row(
     done: tuple[Path, dict, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[torch.Tensor] = []
-    collate = FullRowsCollator.__call__
+    draw = Batches.__getitem__
 
-    def record(self: FullRowsCollator, rows: list) -> dict[str, torch.Tensor]:
-        batch = collate(self, rows)
-        seen.append(torch.cat([batch["input_ids"], batch["labels"]]))
-        return batch
+    def record(self: Batches, step: int) -> list[Batch]:
+        parts = draw(self, step)
+        seen.extend(torch.cat([part.input_ids.flatten(), part.places, part.labels]) for part in parts)
+        return parts
 
-    monkeypatch.setattr(FullRowsCollator, "__call__", record)
+    monkeypatch.setattr(Batches, "__getitem__", record)
     batches = []
     for row, seed in (("toeplitz", 0), ("dft-fixed", 0), ("toeplitz", 1)):
-        ablate(
-            done[0] / "data",
-            tmp_path / f"{row}{seed}",
-            size="small",
-            rows=[row],
-            seeds=[seed],
-            jobs=1,
-            say=quiet,
-            **TINY,
-        )
-        batches.append(torch.stack([t for t in seen if t.shape[0] == 2 * TINY["batch_size"]]))
+        out = tmp_path / f"{row}{seed}"
+        ablate(done[0] / "data", out, size="small", rows=[row], seeds=[seed], jobs=1, say=quiet, **TINY)
+        batches.append(torch.stack(seen))
         seen.clear()
     assert batches[0].shape[0] >= TINY["steps"]
     assert torch.equal(batches[0], batches[1])
@@ -260,19 +253,16 @@ def test_on_a_gpu_rows_train_at_once_in_bf16(text: Path, tmp_path: Path) -> None
 
 def test_the_loss_is_that_of_the_hidden_tokens_in_float64(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
     plan, data = Plan.read(done[0]), Data(done[0] / "data")
-    trainer = runs._trainer(plan, data, Key("quasiseparable", 0), tmp_path, Until(Never(), math.inf), quiet)
-    found = trainer.score()
-    model = trainer.net.double().eval()
-    rows = [trainer.held_out_rows[i] for i in range(len(trainer.held_out_rows))]
-    batch = trainer.held_out_collator(rows)
-    assert batch["input_ids"].shape == (len(data.held_out), plan.length)
-    chosen = batch["labels"] != -100
+    training = runs._training(plan, data, Key("quasiseparable", 0), tmp_path, quiet)
+    inputs, labels = runs.evaluation(data, len(data.held_out))
+    assert inputs.shape == (len(data.held_out), plan.length)
+    found = training.trainee.score(inputs, labels, 2 * plan.length)
+    model, chosen = training.trainee.net.double().eval(), labels != -100
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"]).logits[chosen]
-    target = batch["labels"][chosen]
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits, target)), rel=1e-5)
-    assert found.accuracy == float((logits.argmax(-1) == target).double().mean())
-    assert found.tokens == len(target) == data.baseline.tokens
+        logits = model(input_ids=inputs).logits[chosen]
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, labels[chosen])), rel=1e-5)
+    assert found.accuracy == float((logits.argmax(-1) == labels[chosen]).double().mean())
+    assert found.tokens == chosen.sum() == data.baseline.tokens
 
 
 class Never:

@@ -44,6 +44,10 @@ class FullRows:
     def __getitem__(self, i: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
         return self.tokens[i], self.lengths
 
+    def take(self, which: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(rows, length) of these numbers."""
+        return self.tokens[which].astype(np.int64)
+
 
 class FullRowsCollator(MaskedLMCollator):
     """Hides the tokens of a row that `MaskedLMCollator` hides, and lays full rows beside each other."""

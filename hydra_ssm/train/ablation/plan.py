@@ -103,8 +103,7 @@ class Plan:
         return Recipe(
             f"ablation {self.size}", self.sources, self.held_out, tokenizer=self.tokenizer, vocab_size=self.vocab_size,
             length=self.length, batch_size=self.batch_size, accumulate=self.accumulate, steps=self.steps,
-            learning_rate=self.learning_rate, weight_decay=0.02, mask_rate=self.mask_rate,
-            evaluate_every=max(1, -(-self.steps // EVALUATIONS)), seed=seed,
+            learning_rate=self.learning_rate, weight_decay=0.02, mask_rate=self.mask_rate, seed=seed,
         )  # fmt: skip
 
     def write(self, folder: Path) -> None:

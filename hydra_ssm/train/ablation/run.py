@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import SaveStrategy
+from torch import Tensor
+from transformers import set_seed
 
 from ...bench.machine import device_name
 from ...text import HydraForMaskedLM
+from ...text.collators import MaskedLMCollator
 from ...text.messages import quiet
-from ..checkpoints import newest_whole, remove, remove_unfinished, whole_file
-from ..errors import Diverged, UserError
+from ..batches import Batches
+from ..checkpoints import newest_whole, remove, whole_file
+from ..errors import UserError
+from ..loop import Course, NotFinite, Training, free_memory
 from ..prepare import EVALUATION_RATE
-from ..rows import EvaluationRows, TrainingRows
-from ..trainer import EvaluateAtTheEnd, MaskedLMTrainer, arguments
-from ..workers import Say, Stops, Until
+from ..rows import EvaluationRows
+from ..trainee import How
+from ..workers import Say, Until
 from .data import Data, FullRowsCollator
 from .models import config, form, has_state, heads, state
-from .plan import Plan
+from .plan import EVALUATIONS, Plan
 
 DATA, RUNS = "data", "runs"  # folders of an ablation
 TALK = 60.0  # seconds between what a long run says
-FROM_GPU = {"dataloader_num_workers": 2, "per_device_eval_batch_size": 256}  # of TrainingArguments, where there is one
+ON_THE_WAY = 512  # held-out rows of an evaluation before the end
+HELD_OUT = "held-out text"
+HOW = How(compile=False)  # so many classes would take longer to compile than to train
 
 Record = dict[str, Any]
 
@@ -75,20 +80,19 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
         return finished(out, key)
     folder = key.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
     plan, data = Plan.read(out), Data(out / DATA)
+    free_memory()
     with quiet():
-        trainer = _trainer(plan, data, key, folder, until, say)
-        checkpoint = newest_whole(folder)
-        found = {"row": key.row, "seed": key.seed, **_facts(plan, trainer, key), "at_once": at_once}
+        training = _training(plan, data, key, folder, say)
+        found = {"row": key.row, "seed": key.seed, **_facts(plan, key, training), "at_once": at_once}
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except Diverged as error:
-            found |= {"diverged": f"by step {error.step}, {error.reason}"}
-        else:
-            if trainer.state.global_step < plan.steps:
+            if not training.fit(until):
                 return None
-            found |= _results(trainer, plan)
+            score = training.trainee.score(*evaluation(data, len(data.held_out)), plan.batch_size * plan.length)
+            found |= {"loss": score.loss, "accuracy": score.accuracy, **_curves(training)}
+        except NotFinite as error:
+            found |= {"diverged": str(error)}
+        found |= {"graph": training.trainee.graph}
     with whole_file(key.file(out)) as part:
         part.write_text(json.dumps(found) + "\n", encoding="utf-8")
     remove(folder)
@@ -101,67 +105,52 @@ def steps_done(out: Path, key: Key) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
-def _trainer(plan: Plan, data: Data, key: Key, folder: Path, until: Until, say: Say) -> MaskedLMTrainer:
+def evaluation(data: Data, most: int) -> tuple[Tensor, Tensor]:
+    """(inputs, labels), (rows, length) each: of all held-out text alike, in every run the same tokens hidden."""
+    rows, collator = EvaluationRows(data.held_out), FullRowsCollator(data.tokenizer, EVALUATION_RATE)
+    chosen = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)
+    found = collator([rows[int(i)] for i in chosen])
+    return found["input_ids"], found["labels"]
+
+
+def _training(plan: Plan, data: Data, key: Key, folder: Path, say: Say) -> Training:
     recipe = plan.recipe(key.seed)
-    args = arguments(recipe, folder)
-    args.save_strategy, args.max_grad_norm = SaveStrategy.NO, plan.clip
-    if torch.cuda.is_available():
-        for name, value in FROM_GPU.items():
-            setattr(args, name, value)
-    set_seed(key.seed)
-    rows = TrainingRows(data.train, plan.steps * plan.batch_size, key.seed)
-    return MaskedLMTrainer(
-        HydraForMaskedLM(config(plan, key.row, len(data.tokenizer))),
-        args,
-        (rows, FullRowsCollator(data.tokenizer, plan.mask_rate)),
-        (EvaluationRows(data.held_out), FullRowsCollator(data.tokenizer, EVALUATION_RATE)),
-        processing_class=data.tokenizer,
-        callbacks=[EvaluateAtTheEnd(), Stops(until, plan.save_after), Talk(key, say)],
+    course = Course(
+        str(key), plan.steps, plan.learning_rate, recipe.weight_decay, plan.clip, key.seed, evaluations=EVALUATIONS,
+        evaluate_first=False, batch_tokens=plan.batch_size * plan.length, save_after=plan.save_after, talk_after=TALK,
+    )  # fmt: skip
+    batches = Batches(
+        data.train, MaskedLMCollator(data.tokenizer, plan.mask_rate), plan.batch_size, key.seed, plan.accumulate
     )
+    set_seed(key.seed)
+    net = HydraForMaskedLM(config(plan, key.row, len(data.tokenizer)))
+    return Training(course, batches, {HELD_OUT: evaluation(data, ON_THE_WAY)}, net, folder, HOW, say)
 
 
-def _facts(plan: Plan, trainer: MaskedLMTrainer, key: Key) -> Record:
+def _facts(plan: Plan, key: Key, training: Training) -> Record:
     matrix, computed = form(key.row)
     return {
         "matrix": matrix,
         "data_dependent": computed,
         "state": state(plan, key.row) if has_state(plan, key.row) else None,
         "heads": heads(plan, key.row),
-        "parameters": trainer.net.num_parameters(),
-        "device": device_name(trainer.args.device),
+        "parameters": training.trainee.net.num_parameters(),
+        "device": device_name(training.device),
         "torch": torch.__version__,
     }
 
 
-def _results(trainer: MaskedLMTrainer, plan: Plan) -> Record:
-    """The curves, and where they end."""
-    history = trainer.state.log_history
-    training = [entry for entry in history if "masked_accuracy" in entry]
-    held_out = [entry for entry in history if "eval_loss" in entry]
-    tokens = plan.batch_size * plan.length
+def _curves(training: Training) -> Record:
+    names = ("step", f"{HELD_OUT}_loss", f"{HELD_OUT}_accuracy")
     return {
-        "loss": held_out[-1]["eval_loss"], "accuracy": held_out[-1]["eval_masked_accuracy"],
-        "seconds_a_step": tokens / median(entry["tokens_per_second"] for entry in training),
-        "training": _curve(training, "loss", "masked_accuracy"),
-        "held_out": _curve(held_out, "eval_loss", "eval_masked_accuracy"),
-    }  # fmt: skip
+        "seconds_a_step": training.seconds / training.done,
+        "training": _curve(training.training),
+        "held_out": _curve([[point[name] for name in names] for point in training.curve]),
+    }
 
 
-def _curve(entries: list[dict[str, float]], loss: str, accuracy: str) -> dict[str, list[float]]:
-    """By step, of six digits: there are many."""
-    names = {"loss": loss, "accuracy": accuracy}
-    curves = {name: [float(f"{entry[key]:.6g}") for entry in entries] for name, key in names.items()}
-    return {"step": [entry["step"] for entry in entries], **curves}
-
-
-class Talk(TrainerCallback):
-    """A line of a long run now and then."""
-
-    def __init__(self, key: Key, say: Say) -> None:
-        self.key, self.say, self.said = key, say, time.monotonic()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        if time.monotonic() - self.said > TALK and state.global_step < state.max_steps:
-            self.said = time.monotonic()
-            loss = given["metrics"]["eval_loss"]
-            self.say(f"{self.key}: step {state.global_step:,} of {state.max_steps:,}, held-out loss {loss:.3f}")
+def _curve(points: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Of (step, loss, accuracy), in six digits: there are many."""
+    step, loss, accuracy = zip(*points, strict=True)
+    short = {"loss": loss, "accuracy": accuracy}
+    return {"step": [*step]} | {name: [float(f"{value:.6g}") for value in short[name]] for name in short}
