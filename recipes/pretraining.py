@@ -27,7 +27,10 @@ def _paper(preset: str, sources: tuple[str, ...], given: dict[str, Any], rate: f
         "length": 128, "batch_size": 4096, "steps": 70_000, "mask_rate": 0.30, "learning_rate": rate,
         "weight_decay": DECAY / rate, "accumulate": 8,
     }  # fmt: skip
-    return Recipe.of(preset, **{**numbers, **more, "sources": sources, **given})
+    numbers |= more
+    if "tokens" in given:
+        del numbers["steps"]
+    return Recipe.of(preset, **numbers | {"sources": sources} | given)
 
 
 def hydra_base(*sources: str, **given: Any) -> Recipe:

@@ -50,10 +50,14 @@ class Settings:
     """As in torch's AdamW: times the learning rate."""
     mask_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: 0.3)")] = None
     """Share of the tokens that are hidden in training; evaluation hides 0.15."""
-    save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth)")] = None
+    save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth, at most 1,000)")] = None
     """Steps between checkpoints."""
-    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fifth)")] = None
+    evaluate_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fifth, at most 1,000)")] = (
+        None
+    )
     """Steps between evaluations."""
+    evaluation_tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1048576)")] = None
+    """Most held-out tokens that an evaluation reads, of rows spread evenly over all; 0: all of them."""
     tokens: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: by --steps)")] = None
     """Instead of --steps: train until so many tokens were read."""
     seed: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 0)")] = None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..text.collators import Row
 
@@ -22,7 +21,10 @@ class Draw:
 
 
 class RowDropout(nn.Module):
-    """nn.Dropout for h (B, L, width), whose choice follows from the tokens' random numbers and the module's own."""
+    """nn.Dropout for h (B, L, width), whose choice follows from the tokens' random numbers and the module's own.
+
+    Raises RuntimeError in training where it has no numbers for these tokens: another dropout would not be the run's.
+    """
 
     salt: Tensor
 
@@ -38,8 +40,12 @@ class RowDropout(nn.Module):
         if not self.training or not self.p:
             return h
         words = self.draw.words
-        if words is None or words.shape != h.shape[:2] or h.shape[2] != self.width:
-            return F.dropout(h, self.p)  # not in a run's training step
+        if words is None or h.shape != (*words.shape, self.width):
+            numbers = "none" if words is None else f"numbers of shape {tuple(words.shape)}"
+            raise RuntimeError(
+                f"dropout needs h (B, L, {self.width}) and a random number for each of its tokens, got h of shape "
+                f"{tuple(h.shape)} and {numbers}"
+            )
         return torch.where(self.keep(words), h * self.scale, torch.zeros((), dtype=h.dtype, device=h.device))
 
     def keep(self, words: Tensor) -> Tensor:

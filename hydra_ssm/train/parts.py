@@ -39,7 +39,7 @@ class Parts(Sampler[list[int]]):
 
 
 class Batches:
-    """Collates rows, with the random numbers of their tokens as `words`.
+    """Collates rows without padding, with the random numbers of their tokens as `words`.
 
     No row at all becomes one token of which nothing is to be predicted: a process that has nothing to do takes part in
     what all processes do together.
@@ -54,7 +54,5 @@ class Batches:
         batch = self.collator(given)
         if not rows:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-        words = words_of(given)
-        if words.numel() == batch["input_ids"].numel():
-            batch["words"] = words.view(batch["input_ids"].shape)
+        batch["words"] = words_of(given).view(batch["input_ids"].shape)
         return batch

@@ -137,7 +137,8 @@ class Prepared:
         self.train_rows, self.held_out_rows = found["train"], found["held_out"]
         rows = TrainingRows(self.train_rows, recipe.steps * recipe.batch_size, recipe.seed)
         self.training = rows, MaskedLMCollator(self.tokenizer, recipe.mask_rate)
-        self.evaluation = EvaluationRows(self.held_out_rows), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
+        most = max(1, recipe.evaluation_tokens // recipe.length) if recipe.evaluation_tokens else None
+        self.evaluation = EvaluationRows(self.held_out_rows, most), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
         self.baseline = baseline or unigram(self.train_rows.tokens, *self.evaluation)
 
 

@@ -24,7 +24,7 @@ from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
 from .reporters import check_installed, reporting
-from .trainer import EvaluateAtTheEnd, GivenIntervals, MaskedLMTrainer, arguments
+from .trainer import EvaluateAtTheEnd, GivenIntervals, MaskedLMTrainer, arguments, evaluated
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
@@ -126,7 +126,7 @@ class Run:
             trainer = self._trainer([*([bar] if self.team.first else []), stop, *report(checkpoint)])
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
-            if step < self.recipe.steps:
+            if step < self.recipe.steps or not evaluated(trainer.state):
                 assert stop.received is not None
                 raise Stopped(step, self.recipe.steps, stop.received, self.folder.path)
         score = self._score(trainer.state.log_history)
@@ -161,6 +161,7 @@ class Run:
             self.data.evaluation,
             team=self.team,
             recipe=self.recipe,
+            asked=next((c.agreed for c in callbacks if isinstance(c, StopOnSignal)), lambda: False),
             processing_class=self.data.tokenizer,
             callbacks=[*callbacks, GivenIntervals(), EvaluateAtTheEnd()],
         )
@@ -176,6 +177,8 @@ class Run:
             "baseline_perplexity": _perplexity(self.baseline),
             "training_tokens": tokens,
             "held_out_tokens": len(data.held_out_rows.tokens),
+            "held_out_rows": len(data.held_out_rows),
+            "evaluation_rows": len(data.evaluation[0]),
             "fill": tokens / (len(data.train_rows) * recipe.length),
             "passes": recipe.steps * recipe.batch_size / len(data.train_rows),
             "vocabulary": len(data.tokenizer),

@@ -85,6 +85,8 @@ class ProgressBar(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """The first SIGINT or SIGTERM saves a checkpoint after the current step and stops; the second does what it did.
 
+    An evaluation ends at its next batch, by `agreed`.
+
     One that comes to any process of a team stops all of them after the same step. There a second signal does nothing:
     launchers pass on what a terminal or a scheduler sends to all, and kill processes that do not end in time.
     """
@@ -107,8 +109,11 @@ class StopOnSignal(TrainerCallback):
         if self.team.size == 1:
             self.__exit__()
 
+    def agreed(self) -> bool:
+        """Whether a signal has come to any process. All of them ask together."""
+        self.received = self.team.most(self.received or 0) or None
+        return self.received is not None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        number = self.team.most(self.received or 0)
-        if number:
-            self.received = number
+        if self.agreed():
             control.should_save = control.should_training_stop = True

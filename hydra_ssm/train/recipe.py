@@ -20,6 +20,7 @@ SMALL = {
     "weight_decay": 0.01,
 }
 MOST = 2**32 - 1  # of NumPy's seeds; no other number comes near
+MOST_LOST = 1000  # steps between checkpoints and between evaluations: half an hour of the paper's
 CHOICES = {
     "sharding": ("ddp", "fsdp2"),
     "precision": ("auto", "bf16", "fp32"),
@@ -44,7 +45,8 @@ class Recipe:
         batch_size: rows in a step, computed in `accumulate` parts of one size.
         weight_decay: torch's, which the learning rate multiplies; the paper's is decoupled, 1e-5 a step.
         mask_rate: of the tokens in training; evaluation hides 0.15.
-        save_every, evaluate_every: steps.
+        save_every, evaluate_every: steps; `of` takes a tenth and a fifth of all, 1,000 at most.
+        evaluation_tokens: most tokens of held-out rows, evenly spread, that an evaluation reads; 0 for all of them.
         sharding: of several processes: ddp, each holds the whole model; fsdp2, each holds a part of it.
         precision: of the matrix products: bf16, fp32, or auto, which is bf16 where a GPU computes with it.
         compile: each layer, by torch.compile.
@@ -70,6 +72,7 @@ class Recipe:
     mask_rate: float = 0.30
     save_every: int = 1000
     evaluate_every: int = 1000
+    evaluation_tokens: int = 1 << 20
     seed: int = 0
     sharding: str = "ddp"
     precision: str = "auto"
@@ -87,10 +90,12 @@ class Recipe:
         if tokens is not None:
             settings["steps"] = _steps(cls, tokens, settings, "steps" in given)
         steps = settings.get("steps", cls.steps)
-        return cls(preset, **{"save_every": max(1, steps // 10), "evaluate_every": max(1, steps // 5), **settings})
+        every = {"save_every": max(1, steps // 10), "evaluate_every": max(1, steps // 5)}
+        return cls(preset, **{name: min(number, MOST_LOST) for name, number in every.items()} | settings)
 
     def __post_init__(self) -> None:
-        least = {"length": 3, "vocab_size": 6, "seed": 0}  # [CLS], a token, [SEP]; five special tokens and another
+        # [CLS], a token, [SEP]; five special tokens and another
+        least = {"length": 3, "vocab_size": 6, "seed": 0, "evaluation_tokens": 0}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and value < least.get(field.name, 1):

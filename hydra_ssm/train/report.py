@@ -26,7 +26,8 @@ A bidirectional text encoder that predicts hidden words, trained with `hydra-ssm
 | this model | {model.loss:.3f} | {model_perplexity:.1f} | {model.accuracy:.1%} |
 | word frequencies alone | {baseline.loss:.3f} | {baseline_perplexity:.1f} | {baseline.accuracy:.1%} |
 
-Both on the same {model.tokens:,} hidden tokens (0.15 of {held_out_tokens:,}), which no training step has seen.
+Both on the same {model.tokens:,} hidden tokens, 0.15 of those in {evaluation_rows:,} of the {held_out_rows:,} held-out
+rows, which no training step has seen.
 
 ![loss](loss.png)
 

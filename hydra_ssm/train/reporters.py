@@ -18,6 +18,8 @@ from .errors import UserError
 from .folder import RunFolder
 from .recipe import Recipe
 
+STEP = "train/global_step"
+
 
 @contextmanager
 def reporting(
@@ -25,13 +27,14 @@ def reporting(
 ) -> Iterator[Callable[[Path | None], list[TrainerCallback]]]:
     """A function from the checkpoint that a run goes on from to callbacks, which are closed at the end."""
     opened: list[WandB] = []
+    logs: list[SummaryWriter] = []
 
     def open_them(checkpoint: Path | None) -> list[TrainerCallback]:
         found: list[TrainerCallback] = []
         if "tensorboard" in names:
             done = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-            logs = SummaryWriter(folder.tensorboard, purge_step=done + 1)  # what comes now takes their place
-            found.append(TensorBoardCallback(logs))
+            logs.append(SummaryWriter(folder.tensorboard, purge_step=done + 1))  # what comes now takes their place
+            found.append(TensorBoardCallback(logs[0]))
         if "wandb" in names:
             opened.append(WandB(folder, recipe))
         return [*found, *opened]
@@ -41,6 +44,8 @@ def reporting(
         yield open_them
         failed = False
     finally:
+        for writer in logs:
+            writer.close()  # of an error's run, too: the last points are those that explain it
         for reporter in opened:
             reporter.run.finish(exit_code=int(failed))
 
@@ -62,8 +67,9 @@ def _wandb() -> Any:
 class WandB(TrainerCallback):
     """Weights & Biases: one run there for one run here, also after an interruption.
 
-    Its own environment variables say where it goes: WANDB_MODE=offline, WANDB_PROJECT (hydra-ssm), WANDB_DIR (the run's
-    training folder), ...
+    The step is a metric like others: W&B keeps what a run repeats that went back to an older checkpoint, where it would
+    leave out steps below its own counter. Its own environment variables say where it goes: WANDB_MODE=offline,
+    WANDB_PROJECT (hydra-ssm), WANDB_DIR (the run's training folder), ...
     """
 
     def __init__(self, folder: RunFolder, recipe: Recipe) -> None:
@@ -78,6 +84,7 @@ class WandB(TrainerCallback):
             dir=os.environ.get("WANDB_DIR", str(folder.training)),
             config=asdict(recipe),
         )
+        self.run.define_metric("*", step_metric=STEP)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         logs: dict[str, float] = given["logs"]
@@ -85,4 +92,4 @@ class WandB(TrainerCallback):
             f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
             for name, value in logs.items()
         }
-        self.run.log(named, step=state.global_step)
+        self.run.log({**named, STEP: state.global_step})

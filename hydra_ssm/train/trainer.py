@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,17 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return args
 
 
+class Interrupted(Exception):
+    """An evaluation that was asked to stop."""
+
+
 class MaskedLMTrainer(WholeCheckpoints):
     """Trainer for rows that have their order, in any number of processes with the same result.
 
     Adds masked accuracy, evaluation by token, whole checkpoints that any number of processes reads, and dropout that
     follows from the row.
+
+    asked: whether the training is to stop; all processes ask together, and get the same answer.
     """
 
     def __init__(
@@ -102,11 +109,12 @@ class MaskedLMTrainer(WholeCheckpoints):
         *,
         team: Team = Team(),  # noqa: B008 - a value
         recipe: Recipe | None = None,
+        asked: Callable[[], bool] = lambda: False,
         **options: Any,
     ) -> None:
         super().__init__(model, args, train[1], train[0], held_out[0], **options)
         self.remove_callback(PrinterCallback)  # of what is not a terminal's; ProgressBar says it in words
-        self.net, self.rows, self.team = model, train[0], team
+        self.net, self.rows, self.team, self.asked = model, train[0], team, asked
         self.held_out_rows, self.held_out_collator = held_out
         self.batches, self.held_out_batches = (Batches(c, c.mask_token) for c in (train[1], held_out[1]))
         self.draw = by_row(model, model.config.hidden_size)
@@ -187,9 +195,17 @@ class MaskedLMTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Loss and masked accuracy, each the mean over hidden tokens, of the held-out rows."""
+        """Loss and masked accuracy, each the mean over hidden tokens, of the held-out rows.
+
+        Nothing where it is asked to stop: the training is saved and stops, too.
+        """
         started = time.perf_counter()
-        score = self.score()
+        try:
+            score = self.score()
+        except Interrupted:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         metrics = {"eval_loss": score.loss, "eval_masked_accuracy": score.accuracy}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -198,7 +214,10 @@ class MaskedLMTrainer(WholeCheckpoints):
 
     @torch.no_grad()
     def score(self) -> Score:
-        """How well the model predicts the held-out rows, in the precision that it is trained in."""
+        """How well the model predicts the held-out rows, in the precision that it is trained in.
+
+        Raises Interrupted.
+        """
         training = self.net.training
         self.net.eval()
         self.net.training = True  # the layers below evaluate; the head decodes what is to be predicted and no more
@@ -213,6 +232,8 @@ class MaskedLMTrainer(WholeCheckpoints):
         loss, right, tokens = 0.0, 0, 0
         size, count = self.args.per_device_eval_batch_size * self.team.size, len(self.held_out_rows)
         for start in range(0, count, size):
+            if self.asked():
+                raise Interrupted
             own = dealt(range(start, min(start + size, count)), self.team.size)[self.team.rank]
             inputs = self._prepare_inputs(self.held_out_batches([self.held_out_rows[i] for i in own]))
             self.draw.words = inputs.pop("words", None)
@@ -284,10 +305,21 @@ def _compile(model: HydraForMaskedLM) -> None:
 
 
 class GivenIntervals(TrainerCallback):
-    """Trainer goes on with the intervals of its checkpoint; those of a resumed run may be others."""
+    """Trainer goes on with the intervals of its checkpoint; those of a resumed run may be others.
+
+    An evaluation that a signal ended is the first that a resumed run does.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)
+        step = state.global_step
+        due = step and (step % state.eval_steps == 0 or step == state.max_steps)
+        args.eval_on_start = bool(due) and not evaluated(state)
+
+
+def evaluated(state: TrainerState) -> bool:
+    """Whether it was, after the step that it is at."""
+    return any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
 
 
 class EvaluateAtTheEnd(TrainerCallback):

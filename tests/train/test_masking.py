@@ -13,7 +13,7 @@ from hydra_ssm.text.collators import IGNORED, MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import train_tokenizer
 from hydra_ssm.train.baseline import token_counts, unigram
 from hydra_ssm.train.packing import PackedRows
-from hydra_ssm.train.rows import EvaluationRows, TrainingRows
+from hydra_ssm.train.rows import EvaluationRows, Shuffle, TrainingRows
 
 TOKENIZER = train_tokenizer([sentences(100)], 90)
 SPECIAL = torch.tensor(TOKENIZER.all_special_ids)
@@ -81,6 +81,41 @@ def test_a_run_sees_every_row_once_a_pass_in_a_new_order_with_new_masks(tmp_path
     assert len({order[i].key for i in range(80)}) == 80
     again = TrainingRows(rows, 80, seed=1)
     assert [again[i].tokens[1] for i in (79, 3)] == [order[i].tokens[1] for i in (79, 3)]  # whatever was asked before
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 99_991])
+def test_an_order_has_every_place_once(n: int) -> None:
+    order = Shuffle(n, (1, 0))
+    assert sorted(order[i] for i in range(n)) == list(range(n))
+
+
+def test_an_order_knows_nothing_of_where_a_row_was() -> None:
+    n = 10_000
+    orders = [np.array([order[i] for i in range(n)]) for order in (Shuffle(n, (1, epoch)) for epoch in range(2))]
+    places = np.arange(n)
+    for one, other in ((places, orders[0]), (orders[0], orders[1]), (orders[0][1:], orders[0][:-1])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / n**0.5
+        assert abs(np.corrcoef(one % 100, other % 100)[0, 1]) < 4 / n**0.5
+    assert (orders[0] == places).sum() < 8  # about one
+    assert len({tuple(Shuffle(3, (seed, 0))[i] for i in range(3)) for seed in range(60)}) == 6
+
+
+def test_an_order_of_all_of_c4_is_small() -> None:
+    tracemalloc.start()
+    assert 0 <= Shuffle(365_000_000, (0, 0))[364_999_999] < 365_000_000
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def test_an_evaluation_reads_as_much_as_it_may_evenly_spread(tmp_path) -> None:
+    rows = PackedRows.write(tmp_path / "rows", [[2, 5 + i, 3] for i in range(40)], 3)
+    assert [row.key for row in map(EvaluationRows(rows).__getitem__, range(40))] == [(i,) for i in range(40)]
+    for most, found in ((100, 40), (7, 7), (1, 1)):
+        chosen = EvaluationRows(rows, most)
+        places = [chosen[i].key[0] for i in range(len(chosen))]
+        assert [int(chosen[i].tokens[1]) - 5 for i in range(len(chosen))] == places
+        assert len(set(places)) == found
+        assert all(abs(place - i * 40 / found) < 1 for i, place in enumerate(places))
 
 
 def test_counting_tokens_holds_no_copy_of_them() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
@@ -23,10 +24,12 @@ from hydra_ssm.train.baseline import Score
 from hydra_ssm.train.dropout import RowDropout, by_row, words_of
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.flops import peak, step_cost
+from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.parts import Parts
 from hydra_ssm.train.pretrain import pretrain, resume
 from hydra_ssm.train.progress import ProgressBar
 from hydra_ssm.train.recipe import Recipe
+from hydra_ssm.train.reporters import reporting
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -60,6 +63,17 @@ def test_dropout_follows_from_the_row_and_not_from_its_neighbours() -> None:
     assert torch.equal(y, model(h))
     torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.9 / 0.5), rtol=1e-4, atol=0)
     assert torch.equal(model.eval()(h), h)
+
+
+def test_dropout_without_the_numbers_of_its_tokens_is_an_error_in_training() -> None:
+    model = nn.Sequential(nn.Dropout(0.1))
+    draw = by_row(model, 9)
+    words = [words_of([row(0, length)])[None] for length in (5, 7)]
+    for given, h in ((None, (1, 7, 9)), (words[0], (1, 7, 9)), (words[1], (1, 7)), (words[1], (1, 7, 8))):
+        draw.words = given
+        with pytest.raises(RuntimeError, match=r"dropout needs h \(B, L, 9\) and a random number for each"):
+            model.train()(torch.ones(h))
+        assert torch.equal(model.eval()(torch.ones(h)), torch.ones(h))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -166,6 +180,38 @@ def test_neither_parts_nor_checkpointing_nor_compilation_change_the_loss(
         pretrain(Recipe.of(preset_name, sources=(str(text_file),), **SMALL, **way), tmp_path / str(i))
     for i in range(1, len(ways)):
         torch.testing.assert_close(history(tmp_path / str(i)), history(tmp_path / "0"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_and_biases_keeps_the_steps_of_a_run_that_went_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = RunFolder(tmp_path)
+    folder.training.mkdir()
+    with reporting(("wandb",), folder, Recipe.of("hydra-tiny")) as report:
+        (reporter,) = report(None)
+        for step in (5, 3):
+            reporter.on_log(None, TrainerState(global_step=step), None, logs={"loss": step + 0.0625})  # type: ignore[arg-type]
+    log = next(tmp_path.glob("training/wandb/offline-run-*/run-*.wandb")).read_bytes()
+    assert b"5.0625" in log
+    assert b"3.0625" in log
+
+
+def test_the_last_points_of_a_run_that_fails_are_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def fail() -> None:
+        with reporting(("tensorboard",), folder, Recipe.of("hydra-tiny")) as report:
+            (reporter,) = report(None)
+            reporter.tb_writer.add_scalar("train/loss", 2.5, 7)  # type: ignore[attr-defined]
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail()
+    found = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in found] == [(7, 2.5)]
 
 
 @pytest.mark.slow

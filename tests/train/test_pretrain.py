@@ -12,20 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
-from small_text import NOUNS
+from small_text import NOUNS, sentences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, pipeline
 
 from hydra_ssm.cli import main
+from hydra_ssm.text.collators import Row
 from hydra_ssm.text.inference import TextModel
 from hydra_ssm.train.checkpoints import checkpoints
-from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare
 from hydra_ssm.train.pretrain import Run, pretrain, resume
 from hydra_ssm.train.recipe import Recipe
-from hydra_ssm.train.trainer import arguments
+from hydra_ssm.train.trainer import MaskedLMTrainer, arguments
 
 SHORT = {"vocab_size": 90, "length": 32, "batch_size": 2, "steps": 60, "save_every": 5, "learning_rate": 3e-3}
 
@@ -101,6 +103,66 @@ def test_a_run_that_is_killed_and_then_stopped_ends_as_if_nothing_had_happened(
     assert steps_saved(out) < 60
     assert main(["pretrain", "--out", str(out), "--resume"]) == 0
     assert_same_bits(out, finished)
+
+
+class Hurried(Run):
+    """SIGTERM comes while held-out rows are read, after a checkpoint."""
+
+    after, read = 0, 0
+
+    def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
+        trainer = super()._trainer(callbacks)
+        trainer.args.per_device_eval_batch_size = 1
+        collate = trainer.held_out_batches
+
+        def batches(rows: list[Row]) -> dict[str, torch.Tensor]:
+            if steps_saved(self.folder.path) == self.after:
+                self.read += 1
+                if self.read == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return collate(rows)
+
+        trainer.held_out_batches = batches  # type: ignore[assignment]
+        return trainer
+
+
+@pytest.mark.parametrize(("after", "step"), [(10, 12), (55, 60)])
+def test_a_run_that_is_stopped_in_an_evaluation_is_saved_and_evaluates_when_it_goes_on(
+    after: int, step: int, finished: Path, tmp_path: Path
+) -> None:
+    folder = unfinished(finished, tmp_path)
+    for path in checkpoints(folder.checkpoints):
+        if after < 50 or int(path.name.split("-")[1]) > after:
+            shutil.rmtree(path)
+    run = Hurried(folder, Console(quiet=True))
+    run.after = after
+    with pytest.raises(Stopped, match=f"stopped and saved after step {step} of 60"):
+        run.train()
+    assert run.read == 2  # and no batch more
+    assert steps_saved(tmp_path) == step
+    resume(tmp_path)
+    assert_same_bits(tmp_path, finished)
+    again, whole = (json.loads((out / "metrics.json").read_text())["history"] for out in (tmp_path, finished))
+    for key in ("loss", "eval_loss"):
+        assert [(e["step"], pytest.approx(e[key])) for e in whole if key in e] == [
+            (e["step"], e[key]) for e in again if key in e
+        ]
+
+
+def test_an_evaluation_reads_as_much_as_the_recipe_says(text_file: Path, tmp_path: Path) -> None:
+    tokens = {}
+    for most in (64, 0):
+        out = tmp_path / str(most)
+        other = tmp_path / "held-out.txt"
+        other.write_text(sentences(300, seed=9), encoding="utf-8")
+        pretrain(recipe(text_file, steps=2, evaluation_tokens=most, held_out=(str(other),)), out)
+        found = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        tokens[most] = found["model"]["tokens"]
+        rows = 2 if most else found["held_out_rows"]
+        assert found["evaluation_rows"] == rows
+        assert f"0.15 of those in {rows} of the {found['held_out_rows']} held-out" in (out / "README.md").read_text()
+        assert found["baseline"]["tokens"] == found["model"]["tokens"]
+    assert tokens[64] < tokens[0] / 10
 
 
 @pytest.mark.parametrize("every", [{"save_every": 1}, {"save_every": 20, "evaluate_every": 20}])

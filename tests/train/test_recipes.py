@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, preset
+from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.prepare import EVALUATION_RATE
 from hydra_ssm.train.recipe import Recipe
 from hydra_ssm.train.trainer import arguments
@@ -30,6 +31,21 @@ def test_tokens_and_masks_are_the_papers(name: str) -> None:
     assert (recipe.mask_rate, EVALUATION_RATE) == (0.30, 0.15)
     assert recipe.batch_size % recipe.accumulate == 0
     assert recipe.sources == ("c4",)
+
+
+@pytest.mark.parametrize("name", [name for name in PRETRAINING if not name.endswith("tiny")])
+def test_a_long_run_loses_a_thousand_steps_at_most(name: str) -> None:
+    recipe = PRETRAINING[name]()
+    assert (recipe.save_every, recipe.evaluate_every) == (1000, 1000)
+    assert PRETRAINING[name](save_every=7000).save_every == 7000
+
+
+@pytest.mark.parametrize("name", ["hydra_base", "bert_medium"])
+def test_tokens_take_the_place_of_a_recipes_steps(name: str) -> None:
+    recipe = PRETRAINING[name](tokens=10**9)
+    assert recipe.steps == -(-(10**9) // (recipe.batch_size * recipe.length))
+    with pytest.raises(UserError, match="steps and tokens both say"):
+        PRETRAINING[name](tokens=10**9, steps=5)
 
 
 @pytest.mark.parametrize("recipe", [hydra_base(), bert_base()], ids=["hydra", "bert"])
