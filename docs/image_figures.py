@@ -11,7 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra_ssm.train.image.comparison.report import draw, plus_minus
+from hydra_ssm.train.image.comparison.report import (
+    EDGE,
+    MARKS,
+    PYTHON,
+    draw,
+    from_python,
+    learning_rate,
+    plus_minus,
+    seeds,
+)
 
 DOCS = Path(__file__).parent
 FILE = DOCS.parent / "results" / "images.json"
@@ -31,7 +40,8 @@ def models(report: Report) -> list[str]:
         f"{data['size']} pixels in patches of {plan['patch']}. {plan['epochs']} epochs of {plan['batch_size']:,} "
         f"pictures a step, AdamW, weight decay {plan['weight_decay']:g}, drop-path {plan['drop_path']:g}, learning "
         f"rate by {plan['tuning_epochs']} epochs on nine tenths of the training pictures, the best of "
-        f"{', '.join(f'{rate:g}' for rate in plan['learning_rates'])} on the last tenth. "
+        f"{', '.join(f'{rate:g}' for rate in plan['learning_rates'])} on the last tenth, and beyond, where that is the "
+        f"first or the last, at most {plan['further_rates']} times by a factor of two. "
         f"{augmentation(plan['strength'])} "
         "Top-1 in per cent, mean ± standard deviation over the seeds; pictures a second and memory of a training "
         "step (forward and backward, replayed as a CUDA graph where there is one), bf16 autocast.",
@@ -41,20 +51,23 @@ def models(report: Report) -> list[str]:
     ]  # fmt: skip
     for row in report["rows"]:
         speed = row["speed"] or {}
-        seeds = f"{len(row['seeds'])}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
         cells = [
-            row["row"], number(row["parameters"]), f"{row['learning_rate'] or 0:g}", plus_minus(row["top1_ema"]),
-            plus_minus(row["top1"]), plus_minus(row["top5_ema"]), number(speed.get("pictures_per_second_step")),
-            number(speed.get("peak")), seeds,
+            row["row"], number(row["parameters"]), learning_rate(row), plus_minus(row["top1_ema"]),
+            plus_minus(row["top1"]), plus_minus(row["top5_ema"]),
+            number(speed.get("pictures_per_second_step")) + (PYTHON if from_python(row) else ""),
+            number(speed.get("peak")), seeds(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", *(f"- `{row['row']}`: {row['about']}" for row in report["rows"]), ""]
+    marks = {EDGE: any(r["rate_at_edge"] for r in report["rows"]), PYTHON: any(map(from_python, report["rows"]))}
+    told = [f"`{mark}` {MARKS[mark]}." for mark, there in marks.items() if there]
+    told += [f"Failed: {name} ({' '.join(lines)})." for name, lines in report["failed"].items()]
+    return [*lines, "", *told, *([""] if told else []), *(f"- `{r['row']}`: {r['about']}" for r in report["rows"]), ""]
 
 
 def augmentation(strength: dict[str, Any]) -> str:
     """In words."""
     parts = [f"crops of ±{strength['crop']} pixels, mirroring"]
-    parts += ["RandAugment 9/0.5 (two operations, without equalize)"] if strength["randaugment"] else []
+    parts += ["RandAugment 9/0.5 (two operations of thirteen)"] if strength["randaugment"] else []
     parts += [f"mixup 0.8 or cutmix 1.0 of {strength['mix']:.0%} of the pictures"] if strength["mix"] else []
     parts += [f"random erasing {strength['erase']:g}"] if strength["erase"] else []
     return f"Augmentation: {', '.join(parts)}; label smoothing {strength['smoothing']:g}."
@@ -62,7 +75,7 @@ def augmentation(strength: dict[str, Any]) -> str:
 
 def tried(report: Report) -> list[str]:
     """What the learning rates gave."""
-    rates = report["plan"]["learning_rates"]
+    rates = sorted({r["learning_rate"] for r in report["tuning"]})
     if not report["tuning"]:
         return []
     lines = ["Top-1 on the last tenth by learning rate, the better of averaged and raw weights:", ""]

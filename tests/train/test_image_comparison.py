@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +24,15 @@ from hydra_ssm.cli import main
 from hydra_ssm.train.checkpoints import write_manifest
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.image.comparison import ROWS, Plan, compare, prepare
+from hydra_ssm.train.image.comparison import jobs as jobs_module
+from hydra_ssm.train.image.comparison import loop as loop_module
 from hydra_ssm.train.image.comparison import speed as speed_module
 from hydra_ssm.train.image.comparison.augment import MEAN, STD, Random, Strength, augmented, normalized
 from hydra_ssm.train.image.comparison.data import Data
 from hydra_ssm.train.image.comparison.models import BASE, TOLERANCE, base, build, parameters
 from hydra_ssm.train.image.comparison.plan import Job
-from hydra_ssm.train.image.comparison.report import best_rates
+from hydra_ssm.train.image.comparison.report import best_rates, table
+from hydra_ssm.train.plans import read_plan
 
 NOTHING = Strength(crop=0, randaugment=False, mix=0, smoothing=0)
 TINY = {
@@ -127,6 +132,9 @@ def test_pictures_come_from_a_compressed_tar_or_a_folder_alike(tmp_path):
     torch.testing.assert_close(a.train.pixels, b.train.pixels, rtol=0, atol=0)
     original = torch.from_numpy(np.array(Image.open(tmp_path / "set/train/cat/1.png"))).permute(2, 0, 1)
     torch.testing.assert_close(a.train.pixels[1], original, rtol=0, atol=0)
+    (tmp_path / "set" / "test" / "dog" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"test/dog/0.png of .*set cannot be read"):
+        prepare(tmp_path / "set", tmp_path / "c")
     with pytest.raises(UserError, match="must hold train/CLASS/PICTURE and test/CLASS/PICTURE"):
         prepare(tmp_path / "set" / "train", tmp_path / "c")
 
@@ -171,7 +179,7 @@ def test_a_comparison_that_runs_out_of_time_keeps_what_it_has_and_goes_on(digits
     options = ["--rows", "vit", "add", "--seeds", "0", "--jobs", "2", "--small", "--data", str(digits)]
     assert main(["image", "compare", "--out", str(tmp_path / "out"), *options]) == 0
     report = json.loads((tmp_path / "out" / "images.json").read_text())
-    plan = Plan.read(tmp_path / "out")
+    plan = read_plan(Plan, tmp_path / "out")
     for row in report["rows"]:
         tried = {r["learning_rate"]: max(r["top1"], r["top1_ema"]) for r in report["tuning"] if r["row"] == row["row"]}
         assert tried.keys() == {1e-3, 3e-2}
@@ -182,6 +190,85 @@ def test_a_comparison_that_runs_out_of_time_keeps_what_it_has_and_goes_on(digits
         assert row["top1"] == {"mean": run["top1"], "std": 0.0}
         assert run["steps"] == 320 // 64
     assert "vit" in capsys.readouterr().out
+
+
+def test_a_row_whose_best_rate_is_the_last_tries_further():
+    plan = Plan.of("usual", {"learning_rates": (1.0, 2.0, 4.0), "further_rates": 2})
+    assert plan.further({1.0: 5, 2.0: 6, 4.0: 5}) is None
+    assert plan.further({1.0: 5, 2.0: 6, 4.0: 7}) == 8
+    assert plan.further({1.0: 8, 2.0: -1, 4.0: -1}) == 0.5
+    assert plan.further({1.0: 5, 2.0: 6, 4.0: 7, 8.0: 6}) is None
+    assert plan.further({1.0: 5, 2.0: 6, 4.0: 7, 8.0: 8}) == 16
+    assert plan.further({1.0: 5, 2.0: 6, 4.0: 7, 8.0: 8, 16.0: 9}) is None  # enough
+    assert Plan.of("usual", {"learning_rates": (1.0,)}).further({1.0: 5}) is None
+
+
+def test_epochs_are_fewer_where_time_is_short_for_all_rows_alike():
+    plan = Plan.of("usual", {"epochs": 30, "tuning_epochs": 6})
+
+    def seconds(p):
+        return 10 * p.epochs + p.tuning_epochs
+
+    assert plan.within(306, seconds) is plan or plan.within(306, seconds) == plan
+    assert (plan.within(204, seconds).epochs, plan.within(204, seconds).tuning_epochs) == (20, 4)
+    assert plan.within(0, seconds).epochs == 5
+
+
+def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tmp_path, monkeypatch):
+    def wrong(row, *given):
+        if row == "vit":
+            raise RuntimeError("out of\nluck")
+        return build(row, *given)
+
+    settings = TINY | {"epochs": 1}
+    out, rows, told = tmp_path / "out", ["vit", "add"], []
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "build", wrong)
+        patched.setattr(speed_module, "build", wrong)
+        with pytest.raises(UserError, match=r"1 runs failed.*vit, 0.003, seed 0: out of luck"):
+            compare(digits, out, rows=rows, seeds=[0], stages=["speed", "runs"], say=told.append, **settings)
+        report = json.loads((out / "images.json").read_text())
+        assert [r["row"] for r in report["runs"]] == ["add"]
+        assert {r["row"]: r["speed"]["note"] for r in report["rows"]} == {"add": "", "vit": "failed: out of luck"}
+        assert report["failed"] == {"vit-0.003-seed-0": ["luck"]}
+        assert "in wrong" in (out / "runs" / "vit-0.003-seed-0.failed").read_text()
+    order: list[str] = []
+    monkeypatch.setattr(loop_module, "build", lambda row, *given: order.append(row) or build(row, *given))
+    report = compare(digits, out, rows=rows, seeds=[0, 1], stages=["speed", "runs"], say=told.append, **settings)
+    assert order == ["vit", "add", "vit"]  # of seed 1, then what failed
+    assert {r["row"]: len(r["seeds"]) for r in report["rows"]} == {"add": 2, "vit": 2}
+    assert all(r["speed"]["step"] > 0 for r in report["rows"])
+    assert report["failed"] == {}
+
+
+def test_runs_whose_process_lost_its_device_are_begun_in_another(digits, tmp_path, monkeypatch):
+    states = iter([True, True, False, True])  # of the first round: a run, one that fails, one that cannot begin
+    monkeypatch.setattr(jobs_module, "device_works", lambda: next(states))
+
+    def train(out, data, job, *given):
+        if job.row == "add":
+            raise RuntimeError("illegal memory access")
+        return {"diverged": None, "top1": 1.0, "top1_ema": 1.0, "seconds": 1.0}
+
+    monkeypatch.setattr(jobs_module, "train", train)
+    todo, told = [Job(row, 1.0, 0, False) for row in ("vit", "add", "toeplitz")], []
+    ended = jobs_module.run_all(tmp_path, digits, todo, 1, float("inf"), told.append)
+    assert ended.failed == ["add, 1, seed 0: illegal memory access"]
+    assert [line.split(",")[0] for line in told] == ["vit", "add", "toeplitz"]
+    monkeypatch.setattr(jobs_module, "device_works", lambda: False)
+    with pytest.raises(UserError, match="have no device that works"):
+        jobs_module.run_all(tmp_path, digits, todo, 1, float("inf"), told.append)
+
+
+def test_what_came_back_from_a_machine_goes_on_on_another(digits, tmp_path):
+    """Records, without pictures and checkpoints, are enough."""
+    settings = {"rows": ["vit"], "stages": ["runs"], **TINY, "epochs": 1}
+    first = compare(digits, tmp_path / "one", seeds=[0], **settings)
+    kept = tmp_path / "two"
+    shutil.copytree(tmp_path / "one", kept, ignore=shutil.ignore_patterns("data", "checkpoint-*"))
+    again = compare(digits, kept, seeds=[0, 1], **settings)
+    assert again["runs"][0] == first["runs"][0]
+    assert again["rows"][0]["seeds"] == [0, 1]
 
 
 def test_resolutions_keep_the_number_of_tokens(tmp_path, monkeypatch):
@@ -199,8 +286,9 @@ def test_mistakes_are_told():
     for given, told in (
         ({"rows": ["mamba"]}, "rows must be of vit, hydra_vit, .* got mamba"),
         ({"stages": ["all"]}, "stages must be of speed, tuning, runs, resolutions, got all"),
-        ({"depth": 3}, "a comparison has no setting depth"),
+        ({"depth": 3}, "there is no setting depth"),
         ({"batch_size": 3}, "batch_size must be even"),
+        ({"learning_rates": (1e-3, 5e-4)}, "learning_rates must rise"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"size": "huge"}, "size must be one of usual, small, got huge"),
     ):
@@ -221,15 +309,17 @@ def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
         "diverged": None,
         "curve": [{"epoch": 1, "loss": 1.0, "top1": 50.0, "top1_ema": 60.0}],
     }
-    speed = {"pictures_per_second_step": 1234.5, "peak": 99.0}
+    speed = {"pictures_per_second_step": 1234.5, "peak": 99.0, "graph": False, "device": "cuda"}
     mean = {"mean": 60.0, "std": 1.5}
     report = {
         "date": "today", "machine": {"device": "GPU", "torch": "2"}, "plan": asdict(Plan.of("usual", {})),
         "data": {"source": "cifar", "train_pictures": 9, "test_pictures": 3, "size": 32}, "runs": [run],
         "rows": [{"row": "vit", "about": "ViT", "seeds": [0, 1], "diverged": 1, "parameters": 2_000_000, "speed": speed,
-                  "learning_rate": 1e-3, "top1": mean, "top1_ema": mean, "top5": mean, "top5_ema": mean}],
+                  "learning_rate": 1e-3, "rate_at_edge": True,
+                  "top1": mean, "top1_ema": mean, "top5": mean, "top5_ema": mean}],
         "tuning": [{"row": "vit", "learning_rate": 1e-3, "diverged": None, "top1": 40.0, "top1_ema": 41.0},
                    {"row": "vit", "learning_rate": 2e-3, "diverged": "in epoch 1"}],
+        "failed": {"add-0.001-seed-0": ["RuntimeError: out of luck"]},
         "resolutions": {"machine": {}, "rows": {
             "vit 64": {"pixels": 64, "length": 16, "note": "", "pictures_per_second_forward": 9000.0, **speed},
             "hydra_vit 64": {"pixels": 64, "length": 16, "note": "out of memory"}}},
@@ -246,9 +336,15 @@ def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
     for _ in range(2):  # over what is there
         script.main()
     text = page.read_text()
-    line = "| vit | 2,000,000 | 0.001 | 60.00 ± 1.50 | 60.00 ± 1.50 | 60.00 ± 1.50 | 1,234 | 99 | 2, 1 diverged |"
+    line = "| vit | 2,000,000 | 0.001! | 60.00 ± 1.50 | 60.00 ± 1.50 | 60.00 ± 1.50 | 1,234* | 99 | 2, 1 diverged |"
     assert text.count(line) == 1
-    assert "| vit | - | 41.00 | diverged |" in text
+    assert "`!` the best learning rate is the highest or the lowest" in text
+    assert "`*` no CUDA graph" in text
+    assert "Failed: add-0.001-seed-0 (RuntimeError: out of luck)." in text
+    assert "| vit | 41.00 | diverged |" in text
+    shown = table(report)  # the same for a terminal
+    assert re.search(r"^vit +2,000,000 +0.001! .* 1,234\* +99  2, 1 diverged$", shown, re.MULTILINE)
+    assert "! the best learning rate" in shown
     assert "| 64 | 16 | 9,000 | 1,234 | 99 | out of memory | - | - |" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")

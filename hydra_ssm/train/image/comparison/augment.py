@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +21,13 @@ MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 LEVEL, LEVEL_STD, EACH = 9.0, 0.5, 0.5  # RandAugment 9/0.5; each of its two operations happens with probability 0.5
 SLOTS = 2
 MIXUP_ALPHA = 0.8
+GREY, SMOOTH = (0.299, 0.587, 0.114), (1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, copied there once: each copy would wait for all that the device still has to do."""
+    return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Random:
 
 def normalized(pictures: Tensor) -> Tensor:
     """(B, 3, H, W) float32 of uint8."""
-    mean, std = (torch.tensor(v, device=pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (constant(v, pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (pictures.float() / 255 - mean) / std
 
 
@@ -101,7 +109,7 @@ def _randaugment(x: Tensor, matrix: Tensor, random: Random) -> tuple[Tensor, Ten
     """One operation for each picture, of colour (done here) or of place (added to the matrix)."""
     B = len(x)
     level = (LEVEL + LEVEL_STD * random.normal(B)).clamp(0, 10) / 10
-    chosen = random.integers(len(COLOURS) + len(MOVES), B)
+    chosen = 1 + random.integers(len(COLOURS) + len(MOVES) - 1, B)
     chosen = torch.where(random.uniform(B) < EACH, chosen, 0)  # COLOURS[0] is the identity
     sign = random.sign(B)
     found = x
@@ -121,7 +129,7 @@ def _move(chosen: Tensor, amount: Tensor) -> Tensor:
     rows = [
         torch.stack([angle.cos(), where("shear_x", 0.3 * amount) - angle.sin(), where("translate_x", 0.9 * amount)], 1),
         torch.stack([where("shear_y", 0.3 * amount) + angle.sin(), angle.cos(), where("translate_y", 0.9 * amount)], 1),
-        torch.tensor([0.0, 0.0, 1.0], device=amount.device).expand(len(amount), 3),
+        constant((0.0, 0.0, 1.0), amount.device).expand(len(amount), 3),
     ]
     return torch.stack(rows, 1)
 
@@ -138,12 +146,11 @@ def _blend(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)
+    return (x * constant(GREY, x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _sharpness(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]], device=x.device) / 13
+    kernel = constant(SMOOTH, x.device).view(3, 3) / 13
     smooth = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel.expand(3, 1, 3, 3), groups=3)
     return _blend(x, smooth, 1 + 0.9 * level * sign)
 

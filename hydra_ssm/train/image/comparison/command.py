@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 
 from ...ablation.command import Interrupted
 from ...errors import UserError
+from ...plans import NAME, check_plan, read_plan, write_plan
 from ...workers import Say, speak
 from .data import Data, prepare
-from .jobs import run_all
-from .plan import NAME, Job, Plan, choose_rows
-from .report import best_rates, collect, draw, table, write_json
+from .jobs import Ended, run_all
+from .loop import RUNS
+from .plan import Job, Plan, choose_rows
+from .report import best_rates, collect, draw, further_jobs, table, write_json
 from .speed import SPEED, measure_models, measure_resolutions, read
 
 DATA = "data"
+BESIDES = 0.004  # seconds of a step by estimate: augmentation, optimiser, averaging
 STAGES = ("speed", "tuning", "runs", "resolutions")
 
 
@@ -33,6 +37,7 @@ def compare(
     stages: Sequence[str] = STAGES,
     jobs: int | None = None,
     limit: float | None = None,
+    budget: float | None = None,
     say: Say = speak,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -53,10 +58,12 @@ def compare(
             (base models from 64 to 1,024 pixels), in this order.
         jobs: runs at once; None for 3 on a GPU and 1 on a CPU.
         limit: seconds after which it stops, to be gone on with by the same call.
+        budget: seconds of the device that tuning and runs may take by the estimate of the stage speed: before the
+            first run the plan's epochs are lowered, for all rows alike, until they fit.
         settings: fields of `Plan`.
 
     Raises:
-        UserError: what the user can repair.
+        UserError: what the user can repair; runs that failed, after all others.
         Interrupted: SIGINT or SIGTERM came; what the runs had is kept.
     """
     deadline = float("inf") if limit is None else time.time() + limit
@@ -69,36 +76,64 @@ def compare(
     prepare(data, pictures)
     facts = Data(pictures).facts
     at_once = jobs or (3 if torch.cuda.is_available() else 1)
-    received = None
     if "speed" in stages:
         measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
-        say(_estimate(folder, plan, facts, len(seeds)))
+        plan = _within(folder, plan, facts, len(seeds), budget, say)
+    run = partial(run_all, folder, pictures, at_once=at_once, deadline=deadline, say=say)
+    ended = Ended(None, [])
     if "tuning" in stages:
-        received = run_all(folder, pictures, plan.tuning(chosen), at_once, deadline, say)
-    if "runs" in stages and received is None:
-        rates = best_rates(folder, plan, chosen)
-        for row in chosen:
-            if row not in rates:
-                say(f"{row} waits: its learning rates have not all been tried")
-        todo = [Job(row, rates[row], seed, False) for seed in seeds for row in chosen if row in rates]
-        received = run_all(folder, pictures, todo, at_once, deadline, say)
-    if "resolutions" in stages and received is None:
+        ended = _tuned(folder, plan, chosen, run, deadline)
+    if "runs" in stages:
+        ended = ended.then(lambda: run(_to_run(folder, plan, chosen, seeds, say)))
+    if "resolutions" in stages and ended.signal is None:
         measure_resolutions(folder, deadline, say)
-    return _finish(folder, plan, facts, received, say)
+    return _finish(folder, plan, facts, ended, say)
 
 
-def _estimate(folder: Path, plan: Plan, facts: dict[str, Any], seeds: int) -> str:
-    """What the steps of tuning and runs need on the device, one after the other."""
-    rows = read(folder / SPEED)["rows"].values()
-    steps = facts["train_pictures"] // plan.batch_size
-    epochs = seeds * plan.epochs + (
-        0.9 * len(plan.learning_rates) * plan.tuning_epochs if plan.learning_rates[1:] else 0
+def _tuned(folder: Path, plan: Plan, rows: Sequence[str], run: Callable[[list[Job]], Ended], deadline: float) -> Ended:
+    """The learning rates of the plan, then those beyond them, for rows whose best one is the last."""
+    ended, asked = run(plan.tuning(rows)), set[Job]()
+    while time.time() < deadline and (more := [job for job in further_jobs(folder, plan, rows) if job not in asked]):
+        asked |= set(more)
+        ended = ended.then(partial(run, more))
+        if ended.signal is not None:
+            break
+    return ended
+
+
+def _to_run(folder: Path, plan: Plan, rows: Sequence[str], seeds: Sequence[int], say: Say) -> list[Job]:
+    """The runs that count, all rows with one seed before the next."""
+    rates = best_rates(folder, plan, rows)
+    for row in rows:
+        if row not in rates:
+            say(f"{row} waits: its learning rates have not all been tried")
+    return [Job(row, rates[row], seed, False) for seed in seeds for row in rows if row in rates]
+
+
+def seconds_of(folder: Path, facts: dict[str, Any], seeds: int, plan: Plan) -> float:
+    """What tuning and runs of all measured rows need of the device by estimate, one after the other."""
+    measured = [row["graph_step"] or row["step"] for row in read(folder / SPEED)["rows"].values()]
+    step = sum(ms / 1e3 + BESIDES for ms in measured if ms)
+    rates = len(plan.learning_rates) + plan.further_rates / 2 if plan.learning_rates[1:] else 0
+    return (
+        step * (facts["train_pictures"] // plan.batch_size) * (seeds * plan.epochs + 0.9 * rates * plan.tuning_epochs)
     )
-    seconds = sum((row["graph_step"] or row["step"] or 0.0) for row in rows) / 1e3 * steps * epochs
-    return f"steps of tuning and runs take about {seconds:,.0f} s of the device, augmentation and the optimiser besides"
 
 
-def _finish(folder: Path, plan: Plan, facts: dict[str, Any], received: int | None, say: Say) -> dict[str, Any]:
+def _within(folder: Path, plan: Plan, facts: dict[str, Any], seeds: int, budget: float | None, say: Say) -> Plan:
+    """The plan, before its first run with as many epochs as fit into the budget."""
+    seconds = partial(seconds_of, folder, facts, seeds)
+    if budget is not None and not any((folder / RUNS).glob("*")):
+        plan = plan.within(budget, seconds)
+        write_plan(plan, folder)
+    say(
+        f"{plan.epochs} epochs, {plan.tuning_epochs} for each learning rate: the steps take about "
+        f"{seconds(plan):,.0f} s of the device, evaluations and the start of each process besides"
+    )
+    return plan
+
+
+def _finish(folder: Path, plan: Plan, facts: dict[str, Any], ended: Ended, say: Say) -> dict[str, Any]:
     report = collect(folder, plan, facts)
     say(table(report))
     write_json(report, folder / "images.json")
@@ -106,8 +141,13 @@ def _finish(folder: Path, plan: Plan, facts: dict[str, Any], received: int | Non
         say("no picture: matplotlib is not installed; the same call draws it where it is")
     elif report["runs"]:
         draw(report, folder / "images.png")
-    if received is not None:
-        raise Interrupted(received, folder)
+    if ended.signal is not None:
+        raise Interrupted(ended.signal, folder)
+    if ended.failed:
+        raise UserError(
+            f"{len(ended.failed)} runs failed, the others are in {folder / 'images.json'}: {'; '.join(ended.failed)}. "
+            f"{folder / RUNS}/*.failed say where; the same call tries them again, after the others"
+        )
     return report
 
 
@@ -115,12 +155,12 @@ def _plan(folder: Path, size: str | None, given: dict[str, Any]) -> Plan:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} must be a folder, it is a file")
     if (folder / NAME).is_file():
-        plan = Plan.read(folder)
-        plan.check(given | ({"size": size} if size else {}), folder)
+        plan = read_plan(Plan, folder)
+        check_plan(plan, given | ({"size": size} if size else {}), folder)
         return plan
     if folder.is_dir() and any(folder.iterdir()) and [p.name for p in folder.iterdir()] != [DATA]:
         raise UserError(f"{folder} must be new, empty or hold a comparison, it holds {min(folder.iterdir()).name}")
     plan = Plan.of(size or "usual", given)
     folder.mkdir(parents=True, exist_ok=True)
-    plan.write(folder)
+    write_plan(plan, folder)
     return plan

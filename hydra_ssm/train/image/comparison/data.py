@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import lzma
 import tarfile
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ....vision.pictures import open_picture
 from ...checkpoints import damage, whole_folder
 from ...errors import UserError
 
@@ -101,8 +101,10 @@ def _decoded(source: Path, size: int) -> dict[str, Named]:
     for path, content in _files(source):
         part = next((p for p in reversed(path.parts[:-2]) if p in (*TRAIN_NAMES, *TEST_NAMES)), None)
         if part is not None:
-            with Image.open(io.BytesIO(content)) as image:
-                rgb = image.convert("RGB")
+            try:
+                rgb, _ = open_picture(content)
+            except OSError as error:
+                raise UserError(f"{path} of {source} cannot be read: {error}") from error
             rgb = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
             found["train" if part in TRAIN_NAMES else HELD_OUT].append(
                 (path.parts[-2], np.array(rgb).transpose(2, 0, 1))

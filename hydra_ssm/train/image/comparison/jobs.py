@@ -5,62 +5,138 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ...errors import UserError
 from ...workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
-from .loop import Record, finished, folder_of, train
+from .loop import Record, failure_of, finished, folder_of, train
 from .plan import Job
 
 
-def run_all(out: Path, data: Path, todo: Sequence[Job], at_once: int, deadline: float, say: Say) -> int | None:
-    """Go on with the runs, those that have begun first. Returns the number of the signal that stopped them, if any.
+class Failed(NamedTuple):
+    """What came of a run in place of a record. `lost`: nothing, as the device had failed its process before."""
 
-    Raises UserError where a run has not the memory that it needs, or the disk is full; the others are saved.
+    told: str
+    lost: bool = False
+
+
+Outcome = Record | Failed | None
+
+
+class Ended(NamedTuple):
+    """How a round of runs came to its end.
+
+    signal: the number of the one that stopped them, if any; failed: what could not be run, and why.
+    """
+
+    signal: int | None
+    failed: list[str]
+
+    def then(self, following: Callable[[], Ended]) -> Ended:
+        """And what comes after it, unless a signal has come."""
+        if self.signal is not None:
+            return self
+        after = following()
+        return Ended(after.signal, self.failed + after.failed)
+
+
+def run_all(out: Path, data: Path, todo: Sequence[Job], at_once: int, deadline: float, say: Say) -> Ended:
+    """Go on with the runs, those that have begun first and those that failed last. A run that fails stops no other.
+
+    Raises UserError where a process has died or the disk is full; the others are saved.
     """
     left = [job for job in todo if finished(out, job) is None]
-    left.sort(key=lambda job: not folder_of(out, job).exists())  # stable
-    at_once = min(at_once, len(left)) if time.time() < deadline else 0
-    if at_once <= 1:
-        asked: Event = threading.Event()
-        with stopping(asked) as received, one_thread():
-            for job in left if at_once else ():
-                tell(job, _train(out, data, job, Until(asked, deadline), 1, say), say)
-            return received[0] if received else None
+    left.sort(key=lambda job: (failure_of(out, job).exists(), not folder_of(out, job).exists()))  # stable
+    failed: list[str] = []
+    signal = None
+    while left and signal is None and time.time() < deadline:
+        count = min(at_once, len(left))
+        found, signal = (_several if count > 1 else _one_by_one)(out, data, left, count, deadline, say)
+        lost = [job for job, outcome in found.items() if isinstance(outcome, Failed) and outcome.lost]
+        failed += [f"{job}: {o.told}" for job, o in found.items() if isinstance(o, Failed) and not o.lost]
+        if lost and len(lost) == len(left):
+            raise UserError(f"{lost[0]} and {len(lost) - 1} others have no device that works: {found[lost[0]]}")
+        left = lost  # in new processes
+    return Ended(signal, failed)
+
+
+def _one_by_one(
+    out: Path, data: Path, left: Sequence[Job], count: int, deadline: float, say: Say
+) -> tuple[dict[Job, Outcome], int | None]:
+    asked: Event = threading.Event()
+    found: dict[Job, Outcome] = {}
+    with stopping(asked) as received, one_thread():
+        for job in left:
+            found[job] = _train(out, data, job, Until(asked, deadline), count, say)
+            tell(job, found[job], say)
+    return found, received[0] if received else None
+
+
+def _several(
+    out: Path, data: Path, left: Sequence[Job], count: int, deadline: float, say: Say
+) -> tuple[dict[Job, Outcome], int | None]:
     context = multiprocessing.get_context("spawn")
     asked = context.Event()
-    with stopping(asked) as received:
-        with ProcessPoolExecutor(at_once, context, begin, (Until(asked, deadline), at_once)) as pool:
-            futures = {pool.submit(_work, out, data, job, at_once): job for job in left}
-            try:
-                for future in as_completed(futures):
-                    tell(futures[future], result(future, futures[future]), say)
-            except BaseException:
-                asked.set()  # the others save what they have
-                raise
-        return received[0] if received else None
+    found: dict[Job, Outcome] = {}
+    with stopping(asked) as received, ProcessPoolExecutor(count, context, begin, (Until(asked, deadline), count)) as p:
+        futures = {p.submit(_work, out, data, job, count): job for job in left}
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                found[job] = result(future, job)
+                tell(job, found[job], say)
+        except BaseException as error:
+            asked.set()  # the others save what they have
+            for job in left:  # any of these may have been what the process died of: they are last the next time
+                if isinstance(error, UserError) and folder_of(out, job).exists() and finished(out, job) is None:
+                    failure_of(out, job).write_text(f"{error}\n", encoding="utf-8")
+            raise
+    return found, received[0] if received else None
 
 
-def tell(job: Job, found: Record | None, say: Say) -> None:
+def tell(job: Job, found: Outcome, say: Say) -> None:
     """A line for a run that has ended."""
-    if found is None:
-        return
-    if found["diverged"]:
+    if isinstance(found, Failed):
+        if not found.lost:
+            say(f"{job} failed: {found.told}")
+    elif found is not None and found["diverged"]:
         say(f"{job}: diverged {found['diverged']}")
-    else:
+    elif found is not None:
         say(f"{job}: top-1 {found['top1']:.2f} %, averaged {found['top1_ema']:.2f} %, {found['seconds']:.0f} s")
 
 
-def _train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say) -> Record | None:
+def device_works() -> bool:
+    """Whether this process can still use its GPU: after some errors none of its calls returns."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say) -> Outcome:
+    if not until.over() and not device_works():
+        return Failed("its device does not work", lost=True)
     try:
         return train(out, data, job, until, at_once, say)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{job} needs more memory than there is: choose fewer jobs or a smaller batch_size") from error
+    except UserError:
+        raise
+    except Exception as error:  # of a kernel, a compiler, a library: the other rows have nothing to do with it
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError):
+            told = "it needs more memory than there is: choose fewer jobs or a smaller batch_size"
+        failure_of(out, job).parent.mkdir(parents=True, exist_ok=True)
+        failure_of(out, job).write_text(traceback.format_exc(), encoding="utf-8")
+        return Failed(told)
 
 
-def _work(out: Path, data: Path, job: Job, at_once: int) -> Record | None:
+def _work(out: Path, data: Path, job: Job, at_once: int) -> Outcome:
     return _train(out, data, job, until(), at_once, speak)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ....bench.machine import device_name
 from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_file, whole_folder
-from ...workers import Say, Until
+from ...plans import read_plan
+from ...workers import Say, Until, speak
 from .augment import Random, augmented, normalized
 from .data import Data
 from .models import build
@@ -44,6 +45,16 @@ def finished(out: Path, job: Job) -> Record | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
+def failure_of(out: Path, job: Job) -> Path:
+    """A file that says how a run failed when it was last tried."""
+    return folder_of(out, job).with_name(f"{job.name}.failed")
+
+
+def failures(out: Path) -> list[Path]:
+    """The files of `failure_of` that there are."""
+    return sorted((out / RUNS).glob("*.failed"))
+
+
 def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say) -> Record | None:
     """Go on with a run to its end, and keep its record in a file. None where it had to stop before."""
     if until.over() or finished(out, job):
@@ -51,10 +62,10 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
     folder = folder_of(out, job)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
-    gc.collect()  # a run and its graph know each other; what the last one held is free before the next captures
+    gc.collect()  # of the last run, before the next one captures: what it frees then would break the capture
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    run = Run(Plan.read(out), Data(data), job)
+    run = Run(read_plan(Plan, out), Data(data), job)
     run.load(newest_whole(folder))
     saved = time.monotonic()
     while run.epoch < run.epochs and run.diverged is None:
@@ -67,6 +78,7 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
     record = {**job._asdict(), **run.record(), "at_once": at_once}
     with whole_file(folder.with_name(f"{job.name}.json")) as part:
         part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    failure_of(out, job).unlink(missing_ok=True)
     remove(folder)
     return record
 
@@ -143,7 +155,7 @@ class Run:
             loss.backward()
             return loss.detach()
 
-        return Replayed(self.model, criterion, self) if self.device.type == "cuda" else plain
+        return Replayed(self.model, criterion, str(self.job)) if self.device.type == "cuda" else plain
 
     @torch.no_grad()
     def scores(self) -> Score:
@@ -188,6 +200,7 @@ class Run:
             **last, "diverged": self.diverged, "parameters": sum(p.numel() for p in self.model.parameters()),
             "epochs": self.epochs, "steps": self.steps * self.epochs, "seconds": self.seconds, "curve": self.curve,
             "device": device_name(self.device), "torch": torch.__version__,
+            "graph": isinstance(self.step, Replayed) and self.step.graph is not None,
         }  # fmt: skip
 
 
@@ -198,18 +211,26 @@ def forward(model: nn.Module, x: Tensor, criterion: nn.Module | None = None, tar
     return logits.float() if criterion is None else criterion(logits.float(), target)
 
 
+def renew_generator(device: torch.device) -> None:
+    """After a capture that failed: the state of the device's random numbers believes that it goes on."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
+
+
 class Replayed:
     """Forward and backward as a CUDA graph: small layers would wait for Python. Where none can be made, without."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, run: Run) -> None:
-        self.model, self.criterion, self.run = model, criterion, run
+    def __init__(self, model: nn.Module, criterion: nn.Module, name: str) -> None:
+        self.model, self.criterion, self.name = model, criterion, name
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tried = False
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
         if not self.tried:
             self.tried = True
+            drawn = torch.cuda.get_rng_state(x.device)
             self._capture(x, target)
+            torch.cuda.set_rng_state(drawn, x.device)  # a resumed run draws what one does that captured at its start
         if self.graph is None:
             self._clear()
             return self._run(x, target).detach()
@@ -241,8 +262,11 @@ class Replayed:
         try:
             with torch.cuda.graph(graph):
                 self.loss = self._run(self.x, self.target).detach()
-        except RuntimeError as problem:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:  # an operation that waits for the device, or reads from the host
             torch.cuda.synchronize()
-            print(f"{self.run.job}: no CUDA graph: {' '.join(str(problem).split())[:200]}", flush=True)
+            renew_generator(x.device)
+            speak(f"{self.name}: no CUDA graph: {' '.join(str(problem).split())[:200]}")
             return
         self.graph = graph

@@ -17,13 +17,16 @@ from torch import nn
 from ....bench.clock import Run
 from ....bench.machine import facts
 from ....bench.measure import measure
+from ....bench.report import Row
 from ...checkpoints import whole_file
 from ...workers import Say
-from .loop import forward
+from .jobs import device_works
+from .loop import forward, renew_generator
 from .models import BASE, base, build
 from .plan import Plan
 
 SPEED, RESOLUTIONS = "speed.json", "resolutions.json"
+FAILED = "failed"  # begins the note of a model that is tried again by the next call, after the others
 PIXELS = (64, 128, 224, 384, 512, 768, 1024)
 TOKENS = 16_384  # of the batch at every resolution
 PATCH = 16  # of the base models
@@ -66,19 +69,35 @@ def _measure_all(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = read(path)
     found["machine"] = found["machine"] or facts(device)
-    for name, (make, batch, size, tokens) in wanted.items():
-        if name in found["rows"] or time.time() >= deadline:
-            continue
-        row = asdict(measure(name, batch, tokens, partial(_runs, make, batch, size, device), device))
+    known = {name: row for name, row in found["rows"].items() if not row["note"].startswith(FAILED)}
+    for name in sorted(wanted.keys() - known.keys(), key=lambda n: (n in found["rows"], list(wanted).index(n))):
+        if time.time() >= deadline:
+            return
+        if not device_works():
+            say("what is left to be measured waits for the next call: the device failed this process")
+            return
+        make, batch, size, tokens = wanted[name]
+        row = asdict(_measured(name, batch, tokens, partial(_runs, make, batch, size, device), device))
         best = {part: row[f"graph_{part}"] or row[part] for part in ("forward", "step")}
         row |= {f"pictures_per_second_{part}": 1e3 * batch / ms if ms else None for part, ms in best.items()}
-        found["rows"][name] = {**row, "pixels": size}
+        found["rows"][name] = {**row, "pixels": size, "graph": row["graph_step"] is not None, "device": device.type}
         say(f"{name}, {batch} x {tokens} tokens: {row['note'] or _line(row)}")
         with whole_file(path) as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _measured(name: str, batch: int, tokens: int, make: Callable[[], dict[str, Run]], device: torch.device) -> Row:
+    """A row; what fails, of whatever class, is a note in it, and the others are measured all the same."""
+    try:
+        return measure(name, batch, tokens, make, device)
+    except Exception as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        return Row(name, batch, tokens, note=f"{FAILED}: {told}")
+    finally:
         gc.collect()
-        if device.type == "cuda":
+        if device.type == "cuda" and device_works():
             torch.cuda.empty_cache()
+            renew_generator(device)
 
 
 def _line(row: dict[str, Any]) -> str:
