@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra_ssm.train.comparison.plan import MODELS, TEXTS
-from hydra_ssm.train.comparison.report import draw_curves, draw_lengths
+from hydra_ssm.train.comparison.report import MARK, differences, draw_curves, draw_lengths, edges, elsewhere
 from hydra_ssm.train.finetune.tasks import TASKS
 
 DOCS = Path(__file__).parent
@@ -58,16 +58,39 @@ def about(report: Report) -> list[str]:
     machine = run["machine"]
     parameters = {s["model"]: s["parameters"] for s in report["summary"] if s["stage"] == "tokens"}
     sizes = " and ".join(f"{plan[model]} ({count:,} parameters)" for model, count in parameters.items())
+    others = elsewhere(report)
+    usual = next((r["devices"] for r in report["runs"] if r["name"] not in others and "devices" in r), [])
     how = [word for word, used in (("CUDA graphs", run["graph"]), ("compiled layers", run["compiled"])) if used]
     text = (
         f"{report['date']}; {sizes}; {plan['tokens']:,} tokens in rows of {plan['length']}, {plan['batch_tokens']:,} a "
         f"step, {plan['tokens'] / report['data']['texts']['train']['tokens']:.1f} passes over the text; seeds "
-        f"{', '.join(map(str, plan['seeds']))}. {machine['device']}, torch {machine['torch']}, "
+        f"{', '.join(map(str, plan['seeds']))}. {' and '.join(usual)}, torch {machine['torch']}, "
         f"{' and '.join(how) or 'called from Python'} for both. Means and standard deviations over seeds, where there "
-        "are several."
+        "are several. Losses and accuracies are of all the held-out text."
     )
     left = [f"Not finished: {', '.join(report['unfinished'])}."] if report["unfinished"] else []
-    return [textwrap.fill(" ".join([text, *left]), 120, break_long_words=False, break_on_hyphens=False), ""]
+    mixed = [
+        f"{MARK} {name} ran on {', then '.join(on)}, so that its times do not compare." for name, on in others.items()
+    ]
+    return [*filled(" ".join([text, *left, *mixed])), ""]
+
+
+def filled(text: str, first: str = "") -> list[str]:
+    """Text in lines, of an item of a list where `first` begins one."""
+    return textwrap.wrap(
+        text, 120, initial_indent=first, subsequent_indent=" " * len(first), break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def marked(report: Report, summary: Summary) -> str:
+    """The speed of runs, marked where one was not on the device of the others."""
+    own = {
+        run["name"]
+        for run in report["runs"]
+        if all(run[name] == summary[name] for name in ("stage", "model", "length"))
+    }
+    return with_spread(summary["tokens_per_second"], ",.0f") + MARK * bool(own & elsewhere(report).keys())
 
 
 def rates(report: Report) -> list[str]:
@@ -80,7 +103,8 @@ def rates(report: Report) -> list[str]:
         ]
         body.append([f"{rate:g}", *cells])
     title = f"### Learning rates: held-out loss on books after {report['plan']['rate_tokens']:,} tokens"
-    return [title, "", *rows(["peak", *MODELS], body)]
+    ends = [*filled(" ".join(edges(report))), ""] if edges(report) else []
+    return [title, "", *rows(["peak", *MODELS], body), *ends]
 
 
 def pretrained(report: Report) -> list[str]:
@@ -88,13 +112,29 @@ def pretrained(report: Report) -> list[str]:
     body = []
     for stage, what in (("tokens", "the same tokens"), ("seconds", "the same seconds")):
         for s in (s for s in report["summary"] if s["stage"] == stage):
-            speed = with_spread(s["tokens_per_second"], ",.0f")
+            speed = marked(report, s)
             tokens, seconds = (with_spread(s[name], ",.0f") for name in ("tokens", "seconds"))
             body.append(
                 [f"{s['model']}, {what}", f"{s['rate']:g}", tokens, seconds, speed, *scores(s), str(len(s["seeds"]))]
             )
     header = ["", "rate", "tokens", "seconds", "tokens/s", "books loss", "acc. %", "WikiText loss", "acc. %", "seeds"]
-    return ["### At equal tokens, and at equal seconds", "", *rows(header, body)]
+    return ["### At equal tokens, and at equal seconds", "", *rows(header, body), *between(report, "tokens")]
+
+
+def between(report: Report, stage: str) -> list[str]:
+    """Hydra minus BERT."""
+    body = [
+        [f"{d['length']:,}", str(d["seed"]), *(with_error(*d[text]) for text in TEXTS)]
+        for d in differences(report)
+        if d["stage"] == stage
+    ]
+    text = "Hydra's loss minus BERT's, on the same hidden tokens, ± its standard error over parts of the text:"
+    return [text, "", *rows(["length", "seed", "books", "WikiText"], body)] if body else []
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A difference and its standard error."""
+    return f"{value:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def tasks(report: Report) -> list[str]:
@@ -121,14 +161,47 @@ def lengths(report: Report) -> list[str]:
     for s in sorted(own, key=lambda s: (s["length"], MODELS.index(s["model"]))):
         run = next(r for r in report["runs"] if r["name"] == f"length-{s['model']}-{s['length']}")
         before = [f"{run['curve'][0][f'{text}_loss']:.3f}" for text in TEXTS]
-        cells = [f"{s['length']:,}", s["model"], *before, *scores(s), with_spread(s["tokens_per_second"], ",.0f")]
+        cells = [f"{s['length']:,}", s["model"], *before, *scores(s), marked(report, s)]
         body.append(cells)
     header = [
         "length", "", "books loss before", "WikiText loss before", "books loss", "acc. %", "WikiText loss", "acc. %",
         "tokens/s",
     ]  # fmt: skip
     title = f"### Longer rows: {report['plan']['length_tokens']:,} more tokens at each length"
-    return [title, "", *rows(header, body)]
+    return [title, "", *rows(header, body), *between(report, "length")]
+
+
+def caveats(report: Report) -> list[str]:
+    """What the figures do not say."""
+    plan, summary = report["plan"], report["summary"]
+    known = {s["model"]: s["parameters"] for s in summary if s["stage"] == "tokens"}
+    errors = [s[f"{text}_error"] for s in summary for text in TEXTS if s[f"{text}_error"]]
+    exact = f"{max(errors):.3f} nats at most" if errors else "unknown"
+    passes = plan["tokens"] / report["data"]["texts"]["train"]["tokens"]
+    found = [
+        f"A loss has a standard error from the text that happens to be held out ({exact}), which no spread over seeds "
+        "contains. It is nearly the same for both models at one length, so that their difference is known better; "
+        "between lengths it is not, as rows and hidden tokens differ.",
+        f"{len(plan['rates'])} learning rates each, chosen by the loss on the books that are reported, after "
+        f"{plan['rate_tokens']:,} tokens: a longer training may want another.",
+        f"Dropout is the recipe's: BERT's 0.1 in every layer, Hydra's on the embeddings alone. Over {passes:.1f} "
+        "passes over the text that is a difference in regularisation, too.",
+    ]
+    if report["glue"]:
+        found.append(
+            "GLUE's spread is that of fine-tuning one pretrained model: of another pretraining nothing is known. Its "
+            "learning rates are those of the paper, chosen for Hydra; none was chosen for BERT."
+        )
+    lengths = [s for s in summary if s["stage"] == "length"]
+    if lengths:
+        found.append("Longer rows have one seed. Rows and hidden tokens are not those of the pretraining.")
+    for s in lengths:
+        if (more := s["parameters"] - known.get(s["model"], s["parameters"])) > 0:
+            found.append(
+                f"At {s['length']:,}, {s['model']} has {more:,} more parameters: learned positions, which begin as "
+                "repeats of those that were trained."
+            )
+    return ["### What these figures do not say", "", *(line for text in found for line in filled(text, "- ")), ""]
 
 
 def figures(report: Report, pictures: Path) -> list[str]:
@@ -142,7 +215,7 @@ def figures(report: Report, pictures: Path) -> list[str]:
     if "length" in stages:
         draw_lengths(report, pictures / "comparison_lengths.png")
         lines += [*lengths(report), "![loss and speed by length](pictures/comparison_lengths.png)", ""]
-    return lines
+    return [*lines, *caveats(report)]
 
 
 def insert(page: str, lines: list[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..bench.machine import device_name
 from ..text import HydraForMaskedLM
 from .batches import Batches
 from .checkpoints import newest_whole, remove_old, remove_unfinished, whole_folder
@@ -20,7 +21,8 @@ from .trainer import LAST, WARM_UP
 from .workers import Say, Until
 
 STATE = "state.pt"
-KEPT = ("done", "logged", "seconds", "warm_up", "curve", "training")  # of a run, besides weights and optimizer
+# Of a run, besides weights and optimizer.
+KEPT = ("done", "logged", "seconds", "warm_up", "curve", "training", "devices")
 Evaluations = dict[str, tuple[Tensor, Tensor]]  # (inputs, labels) of each held-out text, (rows, length)
 
 
@@ -115,11 +117,14 @@ class Training:
         self.done, self.logged, self.seconds, self.warm_up = 0, 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
         self.training: list[list[float]] = []  # step, loss, accuracy
+        self.devices: list[str] = []  # that it has run on
         self._said = time.monotonic()
 
     def fit(self, until: Until) -> bool:
         """Whether it has come to its end. Raises NotFinite."""
         self._restore()
+        if (name := device_name(self.device)) not in self.devices:
+            self.devices.append(name)
         course, began = self.course, time.perf_counter()
         if course.evaluate_first and not self.curve:
             self._evaluate()
@@ -175,8 +180,8 @@ class Training:
             return
         self._said = time.monotonic()
         speed = f"{point['tokens'] / self.seconds:,.0f} tokens/s" if self.seconds else "untrained"
-        losses = ", ".join(f"{name} {point[f'{name}_loss']:.3f}" for name in self.texts)
-        self.say(f"{self.course.name}: step {self.done:,} of {self.course.steps:,}, held-out loss {losses}; {speed}")
+        losses = ", ".join(f"{name} loss {point[f'{name}_loss']:.3f}" for name in self.texts)
+        self.say(f"{self.course.name}: step {self.done:,} of {self.course.steps:,}, {losses}; {speed}")
 
     def _save(self) -> None:
         state = {"net": self.trainee.net.state_dict(), "optimizer": self.trainee.optimizer.state_dict()}

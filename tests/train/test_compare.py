@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from hydra_ssm.train.comparison import Plan, compare, prepare
 from hydra_ssm.train.comparison.command import best_rates
 from hydra_ssm.train.comparison.data import Data, plainly
 from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
-from hydra_ssm.train.comparison.run import POSITIONS, longer
+from hydra_ssm.train.comparison.report import MARK, differences, edges, elsewhere, table
+from hydra_ssm.train.comparison.run import POSITIONS, _training, longer, mean_of_parts
 from hydra_ssm.train.errors import UserError
-from hydra_ssm.train.loop import schedule
+from hydra_ssm.train.loop import Training, schedule
 from hydra_ssm.train.trainee import How, Trainee, make_optimizer, masked_loss
+from hydra_ssm.train.workers import Until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY: dict[str, Any] = {
@@ -218,6 +221,27 @@ def test_longer_rows_repeat_the_positions_that_were_trained() -> None:
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
+def training(data: Data, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
+    net = HydraForMaskedLM(preset("hydra-tiny", vocab_size=208, hidden_size=32, num_hidden_layers=1, headdim=16))
+    monkeypatch.setattr("hydra_ssm.train.comparison.run._model", lambda *_: net)
+    return _training(folder, run, Plan.of(TINY), data, folder, How(), lambda _: None)
+
+
+def test_longer_rows_bring_batches_that_the_pretraining_has_not_had(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, best = Plan.of(TINY), {"hydra": 1e-3, "bert": 1e-3}
+    before, bert_before = token_runs(plan, best, 0)
+    after, bert_after = (run for run in length_runs(plan, best) if run.length == plan.length)
+    runs = [training(data, run, tmp_path, monkeypatch) for run in (before, bert_before, after, bert_after)]
+    first = [run.batches[0][0].input_ids for run in runs]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[2], first[3])
+    assert not torch.equal(first[0], first[2])
+    seeds = [run.course.seed for run in runs]  # of the dropout
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+
+
 def test_both_models_get_the_same_budget() -> None:
     plan, best = Plan(), {"hydra": 1e-3, "bert": 5e-4}
     for runs in (rate_runs(plan), token_runs(plan, best, 0), length_runs(plan, best)):
@@ -236,10 +260,10 @@ def test_equal_seconds_give_the_faster_model_more_tokens() -> None:
 
 def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
     def record(model: str, rate: float, loss: float) -> dict[str, Any]:
-        return {"model": model, "rate": rate, "losses": {"books": loss, "wikitext": 0.0}}
+        return {"stage": "rate", "model": model, "rate": rate, "losses": {"books": loss, "wikitext": 0.0}}
 
     records = [record(m, r, loss) for m in MODELS for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
-    records.append({"model": "hydra", "rate": 4e-3, "diverged": "by step 1"})
+    records.append({"stage": "rate", "model": "hydra", "rate": 4e-3, "diverged": "by step 1"})
     assert best_rates(records) == {"hydra": 2e-3, "bert": 2e-3}
     with pytest.raises(UserError, match="bert must learn at one of the rates"):
         best_rates([r for r in records if r["model"] == "hydra"])
@@ -257,6 +281,65 @@ def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
 def test_a_wrong_plan_says_so(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Plan.of(given)
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [
+        ((1e-3, 1e-3), []),
+        ((5e-4, 1e-3), ["The best rate of hydra, 0.0005, is the lowest that was tried: a lower one may be better."]),
+        ((1e-3, 2e-3), ["The best rate of bert, 0.002, is the highest that was tried: a higher one may be better."]),
+    ],
+)
+def test_a_best_rate_at_the_end_of_the_grid_is_said(best: tuple[float, float], said: list[str]) -> None:
+    rates = (5e-4, 1e-3, 2e-3)
+    runs = [
+        {"name": f"{m}{r}", "stage": "rate", "model": m, "rate": r, "losses": {"books": float(r != own)}}
+        for m, own in zip(MODELS, best, strict=True)
+        for r in rates
+    ]
+    report = {"plan": {"rates": rates}, "runs": runs}
+    assert edges(report) == said
+    assert edges(report | {"runs": runs[1:]}) == []  # not all have been tried
+    runs[2] = runs[2] | {"diverged": "by step 1"}  # a worse one on that side
+    assert edges(report) == said
+    single = {"plan": {"rates": rates[:1]}, "runs": [run for run in runs if run["rate"] == rates[0]]}
+    assert [line[:23] for line in edges(single)] == ["0.0005 is the only rate"] * 2
+
+
+def test_runs_on_another_device_are_named() -> None:
+    def run(name: str, *devices: str) -> dict[str, Any]:
+        return {"name": name, "devices": list(devices)}
+
+    runs = [run("a", "H100"), run("b", "H100"), run("c", "H100", "H200"), run("d", "H200")]
+    found = elsewhere({"runs": [*runs, {"name": "e", "diverged": "by step 1"}]})
+    assert found == {"c": ["H100", "H200"], "d": ["H200"]}
+    assert elsewhere({"runs": runs[:2]}) == {}
+
+
+def test_a_run_that_goes_on_on_another_device_has_both(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = token_runs(Plan.of(TINY), {"hydra": 1e-3, "bert": 1e-3}, 0)[0]
+    over = Until(threading.Event(), 0.0)
+    for name in ("first", "second", "second"):
+        monkeypatch.setattr("hydra_ssm.train.loop.device_name", lambda _, name=name: name)
+        last = training(data, run, tmp_path, monkeypatch)
+        assert not last.fit(over)
+    assert last.done == 3
+    assert last.devices == ["first", "second"]
+
+
+def test_the_standard_error_of_a_loss_is_that_of_drawing_its_parts() -> None:
+    rows = np.random.default_rng(0).normal(3.0, 0.2, (2000, 32))
+    found = [mean_of_parts([(float(value), 100) for value in row]) for row in rows]
+    means, errors = np.array(found).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.05)
+    assert mean_of_parts([(1.0, 1), (4.0, 3)])[0] == 13 / 4
+    assert mean_of_parts([(1.0, 5)]) == (1.0, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole
@@ -312,6 +395,7 @@ def _check_parts(report: dict[str, Any], out: Path) -> None:
     stages = {(run["stage"], run["model"]) for run in report["runs"]}
     assert {(stage, model) for stage in ("rate", "tokens", "length") for model in MODELS} <= stages
     assert any(stage == "seconds" for stage, _ in stages)
+    _check_scores(report)
     tokens = {run["model"]: run for run in report["runs"] if run["name"].startswith("tokens") and run["seed"] == 0}
     assert tokens["hydra"]["tokens"] == tokens["bert"]["tokens"] == TINY["tokens"]
     more = next(run for run in report["runs"] if run["stage"] == "seconds")
@@ -329,6 +413,24 @@ def _check_parts(report: dict[str, Any], out: Path) -> None:
     assert not list((out / "checkpoints").iterdir())
 
 
+def _check_scores(report: dict[str, Any]) -> None:
+    """The end of a run is scored on all of the text, the way to it on a part."""
+    for run in report["runs"]:
+        assert run["devices"] == [run["machine"]["device"]]
+        for text in ("books", "wikitext"):
+            assert run["losses"][text] != run["curve"][-1][f"{text}_loss"]
+            assert run["losses"][text] == pytest.approx(run["curve"][-1][f"{text}_loss"], rel=0.15)
+            hidden = sum(count for _, count in run["parts"][text])
+            assert hidden == pytest.approx(0.15 * report["data"]["texts"][text]["tokens"], rel=0.3)
+            assert 0 < run["errors"][text] < 0.5
+    found = differences(report)
+    assert [(d["stage"], d["length"], d["seed"]) for d in found] == [
+        ("tokens", 16, 0), ("tokens", 16, 1), ("length", 16, 0), ("length", 32, 0)
+    ]  # fmt: skip
+    losses = {(r["model"], r["stage"], r["seed"]): r["losses"]["books"] for r in report["runs"]}
+    assert found[1]["books"][0] == pytest.approx(losses["hydra", "tokens", 1] - losses["bert", "tokens", 1])
+
+
 def _check_figures(report: dict[str, Any], pictures: Path) -> None:
     """Every number of the page comes from the report."""
     spec = importlib.util.spec_from_file_location("comparison_figures", ROOT / "docs" / "comparison_figures.py")
@@ -340,6 +442,15 @@ def _check_figures(report: dict[str, Any], pictures: Path) -> None:
     for summary in report["summary"]:
         assert f"{summary['books_loss']['mean']:.3f}" in text
         assert f"{100 * summary['wikitext_accuracy']['mean']:.1f}" in text
+    for found in differences(report):
+        assert f"| {found['length']} | {found['seed']} | {found['books'][0]:+.3f} ± {found['books'][1]:.3f} |" in text
+    for line in (*edges(report), "What these figures do not say", "none was chosen for BERT", "have one seed"):
+        assert line in text.replace("\n", " ")
+    moved = {**report, "runs": [{**report["runs"][0], "devices": ["one", "another"]}, *report["runs"][1:]]}
+    name = moved["runs"][0]["name"]
+    assert f"{MARK} {name} ran on one, then another" in "\n".join(module.figures(moved, pictures)).replace("\n", " ")
+    assert f"{MARK} not on the device of most: {name} on one, then another" in table(moved)
+    assert MARK not in text + table(report)
     for model in MODELS:
         assert f"| {model} | {report['glue'][model]['tasks']['RTE']['mean']:.1f} |" in text
     page = f"before\n{module.BEGIN}\n\nold\n\n{module.END}\nafter\n"

@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..trainee import How
 from ..workers import Event, Say, Until, speak, stopping
 from .data import Data, check_whole
-from .plan import MODELS, NAME, TEXTS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
-from .report import Report, collect, draw_curves, draw_lengths, table, write_json
+from .plan import MODELS, NAME, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
+from .report import Report, best_rate, collect, draw_curves, draw_lengths, table, write_json
 from .run import MODELS_FOLDER, RUNS, Record, free_memory, train
 from .tasks import run_tasks, tasks_done
 
@@ -145,10 +145,10 @@ def best_rates(records: list[Record]) -> dict[str, float]:
     """Of each model, by its loss on the first held-out text. Raises UserError where all have diverged."""
     best = {}
     for model in MODELS:
-        own = [r for r in records if r["model"] == model and "diverged" not in r]
-        if not own:
+        rate = best_rate(records, model)
+        if rate is None:
             raise UserError(f"{model} must learn at one of the rates, it diverges at all of them: give lower rates")
-        best[model] = min(own, key=lambda r: r["losses"][TEXTS[0]])["rate"]
+        best[model] = rate
     return best
 
 

@@ -71,10 +71,13 @@ class Data:
         """Of a text."""
         return Rows(self.folder, name, length, self.tokenizer)
 
-    def _evaluation(self, name: str, length: int, most: int) -> tuple[Tensor, Tensor]:
-        """(inputs, labels), (rows, length) each: from all of a held-out text alike, the same tokens hidden always."""
+    def _evaluation(self, name: str, length: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """(inputs, labels), (rows, length) each: from all of a held-out text alike, the same tokens hidden always.
+
+        most: tokens; None for all of the text.
+        """
         rows = self.rows(name, length)
-        count = min(len(rows), max(1, most // length))
+        count = len(rows) if most is None else min(len(rows), max(1, most // length))
         tokens = rows.take(np.linspace(0, len(rows) - 1, count).round().astype(int))
         inputs, labels = MaskedLMCollator(self.tokenizer, EVALUATION_RATE).mask(together(tokens, key=(0,)))
         return torch.from_numpy(inputs.reshape(tokens.shape)), torch.from_numpy(labels.reshape(tokens.shape))

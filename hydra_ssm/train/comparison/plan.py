@@ -14,6 +14,7 @@ NAME = "plan.json"
 MODELS = ("hydra", "bert")
 TEXTS = ("books", "wikitext")  # what is held out; the rate is chosen by the first
 DECAY = 1e-5  # what a step at the highest learning rate takes off the weights, as in the paper
+GOING_ON = 1_000_000  # far from every seed that one gives
 WHOLE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE")
 
 
@@ -31,7 +32,8 @@ class Plan:
         lengths, length_tokens: the models go on with rows of these lengths, on so many tokens each.
         length_rate: the peak of that, as a share of the best rate.
         evaluations: of a whole run, the last one after its last step; 4 at most of the shorter ones.
-        evaluation_tokens: most tokens of each held-out text that are evaluated on.
+        evaluation_tokens: most tokens of each held-out text, evenly spread, that it is evaluated on on the way; after
+            its last step it is evaluated on all.
         tasks, task_seeds, task_batch: of GLUE; no tasks for none.
         save_after: seconds between checkpoints.
 
@@ -117,6 +119,11 @@ class Run:
     steps: int
     rate: float
     start: str | None = None
+
+    @property
+    def draw(self) -> int:
+        """Seed of rows, masks and dropout: one that goes on from another has batches that this has not seen."""
+        return self.seed if self.start is None else self.seed + GOING_ON
 
     @property
     def name(self) -> str:

@@ -6,17 +6,18 @@ import json
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, mode, stdev
 from typing import Any
 
 from ..._extras import require
 from ..checkpoints import whole_file
 from .data import Data
 from .plan import MODELS, TEXTS, Plan
-from .run import RUNS
+from .run import RUNS, mean_of_parts
 from .tasks import FOLDER, REPORT
 
 Report = dict[str, Any]
+MARK = "†"  # of a time that does not compare
 
 
 def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
@@ -47,6 +48,51 @@ def _grouped(runs: list[Report]) -> dict[tuple[str, str, int], list[Report]]:
     return groups
 
 
+def best_rate(runs: list[Report], model: str) -> float | None:
+    """Of those that a model did not diverge at, by its loss on the first held-out text."""
+    own = [run for run in runs if run["stage"] == "rate" and run["model"] == model and "diverged" not in run]
+    return min(own, key=lambda run: run["losses"][TEXTS[0]])["rate"] if own else None
+
+
+def edges(report: Report) -> list[str]:
+    """A sentence for each model whose best rate has no worse one on both sides."""
+    rates, found = sorted(report["plan"]["rates"]), []
+    tried = [run["name"] for run in report["runs"] if run["stage"] == "rate"]
+    for model in MODELS if len(tried) == len(rates) * len(MODELS) else ():
+        best = best_rate(report["runs"], model)
+        if best is not None and len(rates) == 1:
+            found.append(f"{best:g} is the only rate that {model} tried.")
+        elif best in (rates[0], rates[-1]):
+            end, more = ("lowest", "lower") if best == rates[0] else ("highest", "higher")
+            found.append(
+                f"The best rate of {model}, {best:g}, is the {end} that was tried: a {more} one may be better."
+            )
+    return found
+
+
+def elsewhere(report: Report) -> dict[str, list[str]]:
+    """Runs that were not computed on the device of most, and on which they were: their seconds do not compare."""
+    known = {run["name"]: run["devices"] for run in report["runs"] if "devices" in run}
+    usual = mode(map(tuple, known.values())) if known else ()
+    return {name: devices for name, devices in known.items() if len(devices) > 1 or tuple(devices) != usual}
+
+
+def differences(report: Report) -> list[Report]:
+    """Hydra's loss minus BERT's where both have the same tokens and seed, with the standard error of that."""
+    by_run = {(r["stage"], r["length"], r["seed"], r["model"]): r for r in report["runs"] if "parts" in r}
+    found = []
+    for (stage, length, seed, model), run in by_run.items():
+        other = by_run.get((stage, length, seed, MODELS[1]))
+        if stage not in ("tokens", "length") or model != MODELS[0] or other is None:
+            continue
+        texts = {
+            text: mean_of_parts([(a - b, n) for (a, n), (b, _) in zip(*pair, strict=True)])
+            for text, pair in ((text, (run["parts"][text], other["parts"][text])) for text in TEXTS)
+        }
+        found.append({"stage": stage, "length": length, "seed": seed, **texts})
+    return sorted(found, key=lambda d: (d["stage"] != "tokens", d["length"], d["seed"]))
+
+
 def _summary(runs: list[Report]) -> Report:
     """Means over the seeds, and standard deviations (n - 1) where there are several."""
     values = {
@@ -56,6 +102,7 @@ def _summary(runs: list[Report]) -> Report:
     }
     return {
         "seeds": [run["seed"] for run in runs], "parameters": runs[0]["parameters"], "rate": runs[0]["rate"],
+        **{f"{text}_error": max(r["errors"][text] or 0.0 for r in runs) or None for text in TEXTS},
         **{
             name: {"mean": mean(found), "spread": stdev(found) if len(found) > 1 else None}
             for name, found in values.items()
@@ -66,23 +113,35 @@ def _summary(runs: list[Report]) -> Report:
 def table(report: Report) -> str:
     """What is known, in lines of text."""
     lines = [
-        f"{'':26}{'length':>7}{'rate':>9}{'books loss':>12}{'acc. %':>8}{'wikitext':>10}{'acc. %':>8}{'tokens/s':>12}"
+        f"{'':26}{'length':>7}{'rate':>9}{'books loss':>14}{'acc. %':>8}{'wikitext':>14}{'acc. %':>8}{'tokens/s':>12}"
     ]
+    others = elsewhere(report)
     for run in report["runs"]:
         if "diverged" in run:
             lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}  diverged {run['diverged']}")
             continue
         cells = "".join(
-            f"{run['losses'][text]:>{width}.3f}{100 * run['accuracies'][text]:>8.1f}"
-            for text, width in zip(TEXTS, (12, 10), strict=True)
+            f"{_with_error(run['losses'][text], run['errors'][text]):>14}{100 * run['accuracies'][text]:>8.1f}"
+            for text in TEXTS
         )
-        lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}{cells}{run['tokens_per_second']:>12,.0f}")
+        speed = f"{run['tokens_per_second']:>12,.0f}{MARK * (run['name'] in others)}"
+        lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}{cells}{speed}")
+    lines += ["losses are of all held-out text, ± their standard error"] if report["runs"] else []
+    for found in differences(report):
+        both = ", ".join(f"{text} {_with_error(*found[text])}" for text in TEXTS)
+        lines.append(f"hydra - bert, {found['stage']}, length {found['length']}, seed {found['seed']}: loss {both}")
+    lines += edges(report)
+    lines += [f"{MARK} not on the device of most: {name} on {', then '.join(on)}" for name, on in others.items()]
     for model, found in report["glue"].items():
         scores = [f"{task} {_percent(value)}" for task, value in found["tasks"].items()]
         lines.append(f"GLUE, {model}: {', '.join(scores)}; average {_percent(found['average'])}")
     if report["unfinished"]:
         lines.append(f"not finished: {', '.join(report['unfinished'])}; the same command goes on")
     return "\n".join(lines)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def _percent(summary: Report | None) -> str:

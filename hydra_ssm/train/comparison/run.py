@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import set_seed
 
 from ...bench.machine import facts
 from ...text import HydraForMaskedLM, preset
-from ...text.collators import MaskedLMCollator
+from ...text.collators import IGNORED, MaskedLMCollator
 from ...text.messages import quiet
 from ..batches import Batches
 from ..checkpoints import remove, whole_file, whole_folder
@@ -27,6 +28,7 @@ from .plan import DECAY, TEXTS, Plan, Run
 RUNS, MODELS_FOLDER, CHECKPOINTS = "runs", "models", "checkpoints"
 CLIP = 1.0
 FEW = 4  # evaluations of a run of which the end alone counts
+PARTS = 32  # of a held-out text, whose losses tell how exact their mean is
 POSITIONS = "model.embeddings.position_embeddings.weight"
 
 Record = dict[str, Any]
@@ -53,7 +55,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
         try:
             if not training.fit(until):
                 return None
-            record |= _results(training, plan, how)
+            record |= _results(training, how) | _scores(training, plan, data, run.length)
         except NotFinite as error:
             say(f"{run.name} has diverged {error}")
             record["diverged"] = str(error)
@@ -71,13 +73,13 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
 def _training(out: Path, run: Run, plan: Plan, data: Data, folder: Path, how: How, say: Say) -> Training:
     whole = run.stage in ("tokens", "seconds")
     course = Course(
-        run.name, run.steps, run.rate, DECAY / run.rate, CLIP, run.seed,
+        run.name, run.steps, run.rate, DECAY / run.rate, CLIP, run.draw,
         evaluations=plan.evaluations if whole else min(FEW, plan.evaluations), evaluate_first=True,
         batch_tokens=plan.batch_tokens, save_after=plan.save_after,
     )  # fmt: skip
     texts = {name: data.evaluation(name, run.length, plan.evaluation_tokens) for name in TEXTS}
     return Training(
-        course, batches(data, run.length, plan, run.seed), texts, _model(out, run, plan, data), folder, how, say
+        course, batches(data, run.length, plan, run.draw), texts, _model(out, run, plan, data), folder, how, say
     )
 
 
@@ -118,7 +120,36 @@ def longer(net: HydraForMaskedLM, trained: int, length: int) -> HydraForMaskedLM
     return other
 
 
-def _results(training: Training, plan: Plan, how: How) -> Record:
+def _scores(training: Training, plan: Plan, data: Data, length: int) -> Record:
+    """On all of each held-out text: loss, accuracy, the loss's standard error, and both of consecutive parts."""
+    found: dict[str, Record] = {"losses": {}, "accuracies": {}, "errors": {}, "parts": {}}
+    for name in TEXTS:
+        inputs, labels = data.evaluation(name, length)
+        count = min(PARTS, len(inputs))
+        slices = zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True)
+        scores = [training.trainee.score(*own, plan.batch_tokens) for own in slices if (own[1] != IGNORED).any()]
+        tokens = sum(s.tokens for s in scores)
+        parts = [(s.loss, s.tokens) for s in scores]
+        found["losses"][name], found["errors"][name] = mean_of_parts(parts)
+        found["accuracies"][name] = sum(s.accuracy * s.tokens for s in scores) / tokens
+        found["parts"][name] = parts
+    return found
+
+
+def mean_of_parts(parts: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """(mean, its standard error) of what is known of parts of a text with so many tokens each.
+
+    Tokens of a document are alike, so that parts and not tokens are what is drawn independently; None for one part.
+    """
+    tokens, count = sum(n for _, n in parts), len(parts)
+    mean = sum(value * n for value, n in parts) / tokens
+    if count == 1:
+        return mean, None
+    squares = sum((n * (value - mean)) ** 2 for value, n in parts)
+    return mean, (squares * count / (count - 1)) ** 0.5 / tokens
+
+
+def _results(training: Training, how: How) -> Record:
     last = training.curve[-1]
     on_gpu = training.device.type == "cuda"
     return {
@@ -126,9 +157,8 @@ def _results(training: Training, plan: Plan, how: How) -> Record:
         "tokens": last["tokens"], "seconds": last["seconds"],
         "tokens_per_second": last["tokens"] / last["seconds"],
         "warm_up_seconds": round(training.warm_up, 1),
-        "losses": {name.removesuffix("_loss"): last[name] for name in last if name.endswith("_loss")},
-        "accuracies": {name.removesuffix("_accuracy"): last[name] for name in last if name.endswith("_accuracy")},
         "curve": training.curve, "training": training.training,
         "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
         "graph": training.trainee.graph, "compiled": on_gpu and how.compile, "machine": facts(training.device),
+        "devices": training.devices,
     }  # fmt: skip
