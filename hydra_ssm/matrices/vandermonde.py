@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +21,7 @@ from .base import Feature, Inputs, Settings, StructuredMatrix
 
 FREQUENCY = 1e-3  # turns a token, for a feature of 1 (the paper's)
 MOST_NODES = 192  # of the interpolation; beyond, a non-uniform FFT is faster
+_bound: float | None = None  # of |q| and |k|, where somebody knows one
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Vandermonde(StructuredMatrix):
 
     The product is exact to a tolerance. While angles stay small, up to 350 or so at the last token, a few nodes in time
     interpolate all cosines; their number follows from the largest of q and k, which a GPU's host waits for. Larger
-    angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static`.
+    angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static` and `at_most`.
     """
 
     q: Tensor  # (B, L, H, d)
@@ -56,20 +59,38 @@ class Vandermonde(StructuredMatrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         q, k, wide = (rearrange(at_least_float32(t), "b l h d -> (b h) l d") for t in (self.q, self.k, x))
-        allowed = tolerance(self.tolerance, x.dtype)
-        angle = math.inf if _static(x) else math.pi * FREQUENCY * self._largest() * (x.shape[1] - 1)
+        allowed, bound = tolerance(self.tolerance, x.dtype), _bound
+        if bound is not None:
+            angle = math.pi * FREQUENCY * bound * (x.shape[1] - 1)
+        else:
+            angle = math.inf if _static(x) else math.pi * FREQUENCY * float(self._largest()) * (x.shape[1] - 1)
         # As many nodes as radians are too few: what a diverged model asks for is not even counted.
         nodes = rank(angle, allowed) if angle < MOST_NODES else None
         if nodes is None or nodes > MOST_NODES:
             y = any_cosines(q, k, wide, FREQUENCY, allowed)
         else:
             y = cosines(q, k, wide, 2 * math.pi * FREQUENCY, nodes)
+        if bound is not None:
+            y = y.masked_fill(self._largest() > bound, torch.nan)
         return rearrange((y * self.scale).to(x.dtype), "(b h) l p -> b l h p", h=x.shape[2])
 
-    def _largest(self) -> float:
-        """max |q|, |k|; on a GPU a number that the host waits for."""
-        largest = torch.stack([t.detach().abs().nan_to_num(0.0, 0.0).amax() for t in (self.q, self.k)])
-        return float(largest.max())
+    def _largest(self) -> Tensor:
+        """max |q|, |k|; to read it, the host of a GPU waits."""
+        return torch.stack([t.detach().abs().nan_to_num(0.0, 0.0).amax() for t in (self.q, self.k)]).max()
+
+
+@contextmanager
+def at_most(largest: float) -> Iterator[None]:
+    """Within it, no product waits to see how large q and k are; one of features above `largest` is NaN.
+
+    For CUDA graphs of short sequences: a known bound makes the quick way the same operations for all values.
+    """
+    global _bound
+    before, _bound = _bound, largest
+    try:
+        yield
+    finally:
+        _bound = before
 
 
 def _static(x: Tensor) -> bool:

@@ -31,7 +31,7 @@ from .plan import EVALUATIONS, Plan
 DATA, RUNS = "data", "runs"  # folders of an ablation
 TALK = 60.0  # seconds between what a long run says
 ON_THE_WAY = 512  # held-out rows of an evaluation before the end
-HELD_OUT = "held-out text"
+HELD_OUT = "held-out"
 HOW = How(compile=False)  # so many classes would take longer to compile than to train
 
 Record = dict[str, Any]

@@ -1,0 +1,102 @@
+"""What a CUDA graph needs of a training step: no operation reads values to the host, or brings any from there."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hydra_ssm.matrices import MATRICES
+from hydra_ssm.matrices.vandermonde import Vandermonde, at_most
+from hydra_ssm.text import HydraForMaskedLM
+from hydra_ssm.train.ablation import Plan, all_rows
+from hydra_ssm.train.ablation.models import config
+from hydra_ssm.train.batches import Batch
+from hydra_ssm.train.trainee import LARGEST, How, Trainee
+
+META = torch.device("meta")  # whose tensors have no values: to read one raises
+
+
+class FromHost(TorchDispatchMode):
+    """Collects operations that have a tensor of the host among theirs; numbers in the form of one are no copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.found = 0, []
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = f(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
+        copied = [t for t in given if t.device.type == "cpu" and (t.ndim or "copy" in str(f))]
+        self.count += 1
+        if copied or any(t.device.type == "cpu" for t in made):
+            self.found.append(str(f))
+        return result
+
+
+def trainee(row: str, length: int = 16) -> Trainee:
+    """A model without values, as on a GPU that is to capture it, but for kernels in Triton."""
+    plan = Plan.of("small", {"layers": 1, "d_model": 16, "headdim": 4, "length": length, "unmatched": True})
+    with META:
+        net = HydraForMaskedLM(config(plan, row, 64))
+    made = Trainee(net, 1e-3, 0.01, 1.0, META, How(compile=False), print)
+    net.train()
+    numbers = {"dtype": torch.long, "device": META}
+    ids, places = torch.zeros(2, length, **numbers), torch.zeros(8, **numbers)
+    made._batch = Batch(ids, places, places, torch.ones((), device=META))
+    return made
+
+
+@pytest.mark.parametrize("row", all_rows())
+def test_a_step_of_every_row_can_be_captured(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    made = trainee(row)
+    with FromHost() as seen:
+        made._forward_and_backward()
+    assert seen.count > 100
+    assert seen.found == []
+    assert all(p.grad is not None for p in made.net.model.encoder.parameters())
+
+
+def test_what_cannot_be_captured_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    multiply = MATRICES["toeplitz"].multiply
+    ways = {
+        "from the host": lambda self, x: multiply(self, x * torch.tensor([2.0]).to(x.device)),
+        "a number from the host": lambda self, x: multiply(self, x * torch.tensor(2.0).to(x.device)),
+    }
+    for way in ways.values():
+        monkeypatch.setattr(MATRICES["toeplitz"], "multiply", way)
+        with FromHost() as seen:
+            trainee("toeplitz")._forward_and_backward()
+        assert seen.found
+    monkeypatch.setattr(MATRICES["toeplitz"], "multiply", lambda self, x: multiply(self, x * float(x.detach().max())))
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        trainee("toeplitz")._forward_and_backward()
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 128])
+def test_vandermonde_needs_no_look_at_features_of_a_known_bound(length: int) -> None:
+    q, k = (3 * torch.randn(2, length, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, length, 3, 5, dtype=torch.float64)
+    matrix = Vandermonde(None, q, k, 0.3)
+    exact = torch.einsum("bhij,bjhp->bihp", matrix.dense(), x)
+    with at_most(LARGEST):
+        y = matrix @ x
+        again = matrix @ x
+    assert torch.allclose(y, exact, rtol=1e-9, atol=1e-9)
+    assert torch.equal(y, again)
+    for found, wanted in zip(*(torch.autograd.grad(t.square().sum(), (q, k)) for t in (y, exact)), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_beyond_the_bound_vandermonde_is_nan_and_not_a_little_wrong() -> None:
+    q, k, x = torch.randn(1, 32, 1, 4), torch.randn(1, 32, 1, 4), torch.randn(1, 32, 1, 4)
+    with at_most(8.0):
+        assert (Vandermonde(None, q, k, 1.0) @ x).isfinite().all()
+        q[0, 5, 0, 2] = 8.1
+        assert (Vandermonde(None, q, k, 1.0) @ x).isnan().all()
+    assert (Vandermonde(None, q, k, 1.0) @ x).isfinite().all()
