@@ -27,6 +27,7 @@ from .plan import DECAY, TEXTS, Plan, Run
 
 RUNS, MODELS_FOLDER, CHECKPOINTS = "runs", "models", "checkpoints"
 CLIP = 1.0
+MODEL_STAGES = ("tokens", "seconds")  # of runs whose models are kept
 FEW = 4  # evaluations of a run of which the end alone counts
 PARTS = 32  # of a held-out text, whose losses tell how exact their mean is
 POSITIONS = "model.embeddings.position_embeddings.weight"
@@ -59,7 +60,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
         except NotFinite as error:
             say(f"{run.name} has diverged {error}")
             record["diverged"] = str(error)
-        if run.stage in ("tokens", "seconds") and "diverged" not in record:
+        if run.stage in MODEL_STAGES and "diverged" not in record:
             with whole_folder(out / MODELS_FOLDER / run.name) as part:
                 net = training.trainee.net  # tasks have longer rows, where learned positions must not be random
                 longer(net, plan.length, net.config.max_position_embeddings).save_pretrained(part)
@@ -71,13 +72,15 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
 
 
 def _training(out: Path, run: Run, plan: Plan, data: Data, folder: Path, how: How, say: Say) -> Training:
-    whole = run.stage in ("tokens", "seconds")
+    goes_on = run.start is not None  # what it knew before, and what after: both of all the text
+    few = 1 if goes_on else FEW
     course = Course(
         run.name, run.steps, run.rate, DECAY / run.rate, CLIP, run.draw,
-        evaluations=plan.evaluations if whole else min(FEW, plan.evaluations), evaluate_first=True,
+        evaluations=plan.evaluations if run.stage in MODEL_STAGES else min(few, plan.evaluations), evaluate_first=True,
         batch_tokens=plan.batch_tokens, save_after=plan.save_after,
     )  # fmt: skip
-    texts = {name: data.evaluation(name, run.length, plan.evaluation_tokens) for name in TEXTS}
+    most = None if goes_on else plan.evaluation_tokens
+    texts = {name: data.evaluation(name, run.length, most) for name in TEXTS}
     return Training(
         course, batches(data, run.length, plan, run.draw), texts, _model(out, run, plan, data), folder, how, say
     )
