@@ -1,11 +1,17 @@
-"""Runs of one team, one after the other: started by torchrun, told by a file what to do."""
+"""Teams of processes, one after the other, and the runs of each: told by a file how many and what to do.
+
+They are forked, not started anew: importing takes each longer than its runs.
+"""
 
 import json
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing
 from rich.console import Console
 
 from hydra_ssm.train.distributed import Team
@@ -58,14 +64,24 @@ class Probed(Run):
         return trainer
 
 
-def main() -> None:
+def work(rank: int, size: int, port: int, jobs: list[dict[str, Any]]) -> None:
+    """What one process does, with what torchrun would tell it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     team = Team.join()
-    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    for job in jobs:
         out = Path(job["out"])
         team.first_does(lambda out=out, job=job: begin(out, job))
         recipe = RunFolder(out).read_recipe().going_on(job.get("how", {}), out)
         Probed(RunFolder(out), Console(quiet=True), team, recipe).train()
     team.leave()
+
+
+def main() -> None:
+    for size, jobs in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(work, (size, port, jobs), size, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -58,45 +58,29 @@ def recipe(text: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(base: Path, text: str) -> Path:
-    team(
-        2,
-        base,
-        [
-            {"out": "ddp2", "recipe": recipe(text)},
-            {"out": "fsdp2", "recipe": recipe(text, sharding="fsdp2", activation_checkpointing=True)},
-            {"out": "again2", "goes_on": "ddp2"},
-            {"out": "ddp2-bf16", "recipe": recipe(text, precision="bf16", steps=2)},
-            {"out": "fsdp2-bf16", "recipe": recipe(text, precision="bf16", steps=2, sharding="fsdp2")},
-        ],
-    )
-    return base
-
-
-@pytest.fixture(scope="module")
-def four(two: Path, text: str) -> Path:
-    team(
-        4,
-        two,
-        [
-            {"out": "idle4", "recipe": recipe(text, accumulate=3, sharding="fsdp2")},  # 2 rows for 4 processes
-            {"out": "again4", "goes_on": "ddp2", "how": {"sharding": "fsdp2"}},  # 6 rows for 4 processes
-            {"out": "again4-fsdp", "goes_on": "fsdp2", "how": {"accumulate": 2}},
-        ],
-    )
-    return two
-
-
-def team(size: int, base: Path, jobs: list[dict[str, Any]]) -> None:
-    """Let torchrun do the jobs in `base`."""
-    for job in jobs:
+def teams(base: Path, text: str) -> Path:
+    """What two processes find, and four after them."""
+    two = [
+        {"out": "ddp2", "recipe": recipe(text)},
+        {"out": "fsdp2", "recipe": recipe(text, sharding="fsdp2", activation_checkpointing=True)},
+        {"out": "again2", "goes_on": "ddp2"},
+        {"out": "ddp2-bf16", "recipe": recipe(text, precision="bf16", steps=2)},
+        {"out": "fsdp2-bf16", "recipe": recipe(text, precision="bf16", steps=2, sharding="fsdp2")},
+    ]
+    four = [
+        {"out": "idle4", "recipe": recipe(text, accumulate=3, sharding="fsdp2")},  # 2 rows for 4 processes
+        {"out": "again4", "goes_on": "ddp2", "how": {"sharding": "fsdp2"}},  # 6 rows for 4 processes
+        {"out": "again4-fsdp", "goes_on": "fsdp2", "how": {"accumulate": 2}},
+    ]
+    for job in (*two, *four):
         job |= {name: str(base / job[name]) for name in ("out", "goes_on") if name in job} | {"step": 2}
-    (base / f"jobs{size}.json").write_text(json.dumps(jobs), encoding="utf-8")
-    script = [str(Path(__file__).with_name("several.py")), str(base / f"jobs{size}.json")]
+    (base / "teams.json").write_text(json.dumps([(2, two), (4, four)]), encoding="utf-8")
     done = subprocess.run(
-        [*torchrun(size), *script], env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+        [sys.executable, str(Path(__file__).with_name("several.py")), str(base / "teams.json")],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
+    return base
 
 
 def torchrun(size: int, *options: str) -> list[str]:
@@ -119,52 +103,52 @@ def assert_same_losses(out: Path, expected: Path, near: float = NEAR) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
-def test_two_processes_find_what_one_finds(name: str, one: Path, two: Path) -> None:
+def test_two_processes_find_what_one_finds(name: str, one: Path, teams: Path) -> None:
     assert len(losses(one)) == 6
-    assert_same_losses(two / name, one)
+    assert_same_losses(teams / name, one)
 
 
-def test_processes_without_any_row_keep_up_with_the_others(one: Path, four: Path) -> None:
-    assert_same_losses(four / "idle4", one)
+def test_processes_without_any_row_keep_up_with_the_others(one: Path, teams: Path) -> None:
+    assert_same_losses(teams / "idle4", one)
 
 
-def test_the_same_processes_go_on_to_the_last_bit(two: Path) -> None:
-    again, whole = (load_file(two / name / "model.safetensors") for name in ("again2", "ddp2"))
+def test_the_same_processes_go_on_to_the_last_bit(teams: Path) -> None:
+    again, whole = (load_file(teams / name / "model.safetensors") for name in ("again2", "ddp2"))
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert torch.equal(losses(two / "again2"), losses(two / "ddp2"))
+    assert torch.equal(losses(teams / "again2"), losses(teams / "ddp2"))
 
 
 @pytest.mark.parametrize("name", ["again4", "again4-fsdp"])
-def test_four_processes_go_on_from_what_two_saved(name: str, one: Path, four: Path) -> None:
-    assert_same_losses(four / name, one)
+def test_four_processes_go_on_from_what_two_saved(name: str, one: Path, teams: Path) -> None:
+    assert_same_losses(teams / name, one)
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
-def test_one_process_goes_on_from_what_two_saved(name: str, one: Path, two: Path, tmp_path: Path) -> None:
-    back(two / name, tmp_path, 2)
+def test_one_process_goes_on_from_what_two_saved(name: str, one: Path, teams: Path, tmp_path: Path) -> None:
+    back(teams / name, tmp_path, 2)
     resume(tmp_path, {"accumulate": 2})
     assert_same_losses(tmp_path, one)
 
 
-def test_sharded_and_single_processes_leave_the_same_files(one: Path, two: Path) -> None:
+def test_sharded_and_single_processes_leave_the_same_files(one: Path, teams: Path) -> None:
     files = [
-        sorted(p.name for p in (out / "training/checkpoints/checkpoint-4").iterdir()) for out in (one, two / "fsdp2")
+        sorted(p.name for p in (out / "training/checkpoints/checkpoint-4").iterdir()) for out in (one, teams / "fsdp2")
     ]
     assert files[0] == files[1]
     for name in ("training/checkpoints/checkpoint-4", "."):
-        model, expected = (AutoModelForMaskedLM.from_pretrained(out / name) for out in (two / "fsdp2", one))
+        model, expected = (AutoModelForMaskedLM.from_pretrained(out / name) for out in (teams / "fsdp2", one))
         for found, right in zip(model.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(found, right, rtol=0, atol=1e-4)
-    states = [torch.load(out / "training/checkpoints/checkpoint-4/optimizer.pt") for out in (one, two / "fsdp2")]
+    states = [torch.load(out / "training/checkpoints/checkpoint-4/optimizer.pt") for out in (one, teams / "fsdp2")]
     for i, state in states[0]["state"].items():
         torch.testing.assert_close(states[1]["state"][i]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-2, atol=1e-7)
 
 
-def test_decays_and_skips_stay_float32_where_weights_travel_as_bfloat16(two: Path) -> None:
-    seen = json.loads((two / "fsdp2-bf16/training/seen.json").read_text(encoding="utf-8"))
+def test_decays_and_skips_stay_float32_where_weights_travel_as_bfloat16(teams: Path) -> None:
+    seen = json.loads((teams / "fsdp2-bf16/training/seen.json").read_text(encoding="utf-8"))
     weights = {"in_proj": "torch.bfloat16", "out_proj": "torch.bfloat16"}
     assert seen == {**weights, "A_log": "torch.float32", "dt_bias": "torch.float32", "D": "torch.float32"}
-    assert_same_losses(two / "fsdp2-bf16", two / "ddp2-bf16", 1e-3)
+    assert_same_losses(teams / "fsdp2-bf16", teams / "ddp2-bf16", 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- jobs that are hit
