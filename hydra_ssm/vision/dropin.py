@@ -125,6 +125,9 @@ class DropIn(VisionTransformer):
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Raises ValueError where a fixed mixer or an order knows one size alone."""
+        asked = (img_size, self.patch_embed.img_size), (patch_size, self.patch_embed.patch_size)
+        if all(new is None or sizes(new) == tuple(own) for new, own in asked):
+            return
         if self.fixed_size:
             raise ValueError(
                 f"fixed mixers and orders but row-major take pictures of {self.patch_embed.img_size} alone"
@@ -138,9 +141,7 @@ def matched(mixer: MixerSpec, dim: int, options: Mapping[str, Any], mlp_ratio: f
     block = attention + 2 * int(mlp_ratio * dim) * dim + int(mlp_ratio * dim) + dim
     best: tuple[int, dict[str, Any]] | None = None
     for heads in range(1, 4 * dim // options["headdim"] + 1):
-        inner = heads * options["headdim"]
-        expand = inner / dim if int(inner / dim * dim) == inner else math.nextafter(inner / dim, math.inf)
-        own = {**options, "expand": expand}
+        own = {**options, "expand": expand_to(heads * options["headdim"], dim)}
         try:
             found = parameters(mixer, dim, own)
         except ValueError:  # a class may ask for an even number of heads
@@ -152,6 +153,12 @@ def matched(mixer: MixerSpec, dim: int, options: Mapping[str, Any], mlp_ratio: f
         raise ValueError(f"{mixer!r} cannot be made at a width of {dim} with {dict(options)}")
     hidden = (block - best[0] - dim) / (2 * dim + 1)
     return best[1], max(MLP_STEP, MLP_STEP * round(hidden / MLP_STEP))
+
+
+def expand_to(inner: int, dim: int) -> float:
+    """The `expand` of a mixer that is as wide as this within: times dim it is rounded down."""
+    expand = inner / dim
+    return expand if int(expand * dim) == inner else math.nextafter(expand, math.inf)
 
 
 def parameters(mixer: MixerSpec, dim: int, options: Mapping[str, Any]) -> int:

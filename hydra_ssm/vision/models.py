@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -108,7 +108,7 @@ class HydraViT(nn.Module):
         **mixer_options: Any,
     ) -> None:
         super().__init__()
-        mixers = [mixer] * depth if isinstance(mixer, str | dict) else list(mixer)
+        mixers = [mixer] * depth if isinstance(mixer, str | Mapping) else list(mixer)
         _check(global_pool=(global_pool, POOLS), pos_embed=(pos_embed, ("none", "learn")),
                condition=(condition, ("modulation", "token")))  # fmt: skip
         if len(mixers) != depth:

@@ -52,6 +52,7 @@ def hilbert(grid: Grid) -> Tensor:
 
 
 ORDERS: dict[str, Callable[[Grid], Tensor]] = {"row": row, "column": column, "snake": snake, "hilbert": hilbert}
+MOST_MADE = 256  # orders that are kept; of pictures of more sizes the oldest are made anew
 _MADE: dict[tuple[str, Grid, int, torch.device], tuple[Order, ...]] = {}
 
 
@@ -97,6 +98,8 @@ def reading(
     if torch.compiler.is_compiling():
         return _MADE.get(key) or tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
     if key not in _MADE:
+        if len(_MADE) >= MOST_MADE:
+            del _MADE[next(iter(_MADE))]  # the oldest
         _MADE[key] = tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
     return _MADE[key]
 

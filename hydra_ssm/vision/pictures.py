@@ -7,10 +7,12 @@ import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 MOST_PIXELS = 1 << 26  # of a picture that is decoded whole
 MOST_SIDES = 100  # of a picture, the longer over the shorter
 UNREADABLE = "cannot be read"
+JPEG = b"\xff\xd8"  # begins a file
 GREY = {"1": "grey", "L": "grey", "LA": "grey"}
 KINDS = {"P": "palette", "PA": "palette", "RGBA": "transparent", "CMYK": "CMYK", **GREY}
 
@@ -39,7 +41,7 @@ def open_picture(content: bytes) -> tuple[Image.Image, str]:
 
 
 def _decoded(content: bytes) -> tuple[Image.Image, str]:
-    with Image.open(io.BytesIO(content)) as image:
+    with _opened(content) as image:
         done = _kind(image.mode)
         if image.width * image.height > MOST_PIXELS:
             done = "huge"
@@ -53,6 +55,15 @@ def _decoded(content: bytes) -> tuple[Image.Image, str]:
         image.load()
         upright = ImageOps.exif_transpose(image)
     return _rgb(upright if upright is not None else image), done
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError:
+        if not content.startswith(JPEG):
+            raise
+        return JpegImageFile(io.BytesIO(content))  # need not be decoded whole
 
 
 def _kind(mode: str) -> str:

@@ -22,12 +22,12 @@ from PIL import Image
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
-from hydra_ssm.train.image import training
+from hydra_ssm.train.image import sources, training
 from hydra_ssm.train.image.folder import ImageFolder
-from hydra_ssm.train.image.loading import TrainingOrder
+from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
 from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
-from hydra_ssm.train.image.result import load
+from hydra_ssm.train.image.result import create, load
 from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
 from hydra_ssm.train.image.training import Run, resume, train
 from hydra_ssm.vision.pictures import Unreadable, open_picture
@@ -124,6 +124,11 @@ def test_what_cannot_be_read_is_told(monkeypatch):
     monkeypatch.setattr("hydra_ssm.vision.pictures.MOST_PIXELS", 5_000_000)
     picture, done = open_picture(content(Image.new("RGB", (4096, 4096)), "JPEG"))
     assert (done, picture.size) == ("huge", (2048, 2048))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)  # of which PIL opens twice as many, whatever they are
+    picture, done = open_picture(content(Image.new("RGB", (4096, 4096)), "JPEG"))
+    assert (done, picture.size) == ("huge", (2048, 2048))
+    with pytest.raises(Unreadable, match="more than 5,000,000 pixels"):
+        open_picture(content(Image.new("RGB", (4096, 4096))))
 
 
 # ------------------------------------------------------------------------------------------------------------- sources
@@ -163,10 +168,14 @@ def test_folders_shards_and_data_sets_hold_the_same_pictures(flowers, tmp_path):
         splits[split] = datasets.Dataset.from_list(rows, features=features)
     splits.save_to_disk(tmp_path / "saved")
     expected = [seen(part) for part in open_parts(str(flowers))[:2]]
-    for name in ("cls", "folders", "saved"):
+    shutil.copytree(flowers, tmp_path / "stray")
+    shutil.copy(min((tmp_path / "folders").iterdir()), tmp_path / "stray" / "train" / "left-there.tar")
+    for name in ("cls", "folders", "saved", "stray"):
         train_part, held_out, classes = open_parts(str(tmp_path / name))
         assert [seen(train_part), seen(held_out)] == expected, name
         assert classes == (["0", "1", "2"] if name == "cls" else sorted(COLOURS)), name
+        names = [part.source.name(i) for part in (train_part, held_out) for i in part.index]
+        assert len(set(names)) == 51  # by which those that cannot be read are told
     assert len(expected[0]) == 36
     assert len(expected[1]) == 15
 
@@ -305,6 +314,14 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flower
     assert resume(out)["course"] == resumed["course"]  # it has ended
 
 
+def test_an_evaluation_reads_each_picture_once_for_both_kinds_of_weights(flowers, tmp_path, monkeypatch):
+    read: list[int] = []
+    of_folder = sources.Folder.read
+    monkeypatch.setattr(sources.Folder, "read", lambda self, i: read.append(i) or of_folder(self, i))
+    train(ImageRecipe.of(data=str(flowers), **TINY), tmp_path / "out")
+    assert len(read) == 2 * (32 + 15)
+
+
 @pytest.mark.parametrize("save_every", [1, 0])
 def test_weights_that_are_not_finite_are_never_saved(save_every, flowers, tmp_path, monkeypatch):
     """Though losses are looked at now and then alone."""
@@ -395,6 +412,15 @@ def test_two_processes_take_the_steps_of_one(flowers, tmp_path):
     assert courses[0][-1]["top1_raw"] == courses[1][-1]["top1_raw"]
 
 
+def test_a_model_of_two_sides_gets_pictures_of_them():
+    arguments = {**TINY["model_args"], "img_size": (16, 24)}
+    recipe = ImageRecipe.of(data="x", **{**TINY, "img_size": None, "model_args": arguments})
+    model, config = create(recipe, 3)
+    assert config["input_size"] == (3, 16, 24)
+    picture = evaluation_transform(config)(coloured(COLOURS["red"], 0))
+    assert model(torch.as_tensor(picture, dtype=torch.float32)[None]).shape == (1, 3)
+
+
 def test_the_recipe_is_the_papers(flowers, tmp_path):
     recipe = ImageRecipe.of(data="imagenet")
     paper = {
@@ -446,6 +472,7 @@ MISTAKES = {
     "image train --data flowers --batch-size 5": "the parts of a step must be even for mixup and cutmix, got 5",
     "image train --data flowers --batch-size 8 --accumulate 3": "accumulate must divide batch_size = 8, got 3",
     "image train --data flowers --drop-path 2": "drop_path must be at most 1, got 2",
+    "image train --data flowers --smoothing 1": "smoothing must be below 1",
     "image train --data flowers --scale 0.9 0.1": "scale must be two rising numbers",
     "image train --data flowers/train/red": "must hold folders of at least two classes, it holds 1",
     "image train --out out --resume": "there is no run in out to resume: start it without --resume",

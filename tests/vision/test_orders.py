@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hydra_ssm import Encoder
 from hydra_ssm.ops import Order
-from hydra_ssm.vision import ORDERS, places, reading
+from hydra_ssm.vision import ORDERS, orders, places, reading
 
 GRIDS = [(1, 1), (1, 5), (4, 4), (3, 5), (6, 4), (14, 14), (2, 3, 4), (4, 4, 4), (7,)]
 OPTIONS = {"d_state": 4, "headdim": 8}
@@ -69,6 +69,14 @@ def test_a_prefix_is_read_first():
     assert order.tolist() == [[[0, 1, 2, 4, 3, 5]]]
     assert reading("row", (2, 2)) is None
     assert reading("column", (2, 2)) is reading("column", (2, 2))
+
+
+def test_orders_of_many_sizes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(orders, "MOST_MADE", 3)
+    monkeypatch.setattr(orders, "_MADE", {})
+    kept = [reading("column", (2, n)) for n in range(1, 6)]
+    assert len(orders._MADE) == 3
+    assert reading("column", (2, 5)) is kept[-1]
 
 
 # ------------------------------------------------------------------------------------- the encoder reads in any order

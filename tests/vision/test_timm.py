@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from types import MappingProxyType
 
 import pytest
 import timm
@@ -124,6 +125,8 @@ def test_every_name_makes_a_model_of_its_own_size():
 
 def test_layers_may_be_of_different_mixers():
     model = small(mixer=["hydra", "attention", {"matrix": "toeplitz", "data_dependent": False}])
+    one = small(mixer=MappingProxyType({"matrix": "toeplitz"}))  # one for all
+    assert {layer.mixer.matrix_class.__name__ for layer in one.encoder.layers} == {"Toeplitz"}
     kinds = [layer.mixer.matrix_class.__name__ for layer in model.encoder.layers]
     assert kinds == ["Quasiseparable", "Attention", "Toeplitz"]
     assert model(pictures()).shape == (2, 5)
@@ -298,6 +301,8 @@ def test_fixed_mixers_take_one_size_and_say_so(name):
         small(name, mixer=spec, dynamic_img_size=True)
     model = small(name, mixer=spec)
     assert model(pictures()).shape == (2, 5)
+    model.set_input_size((16, 16))  # its own
+    model.set_input_size(16, model.patch_embed.patch_size)
     with pytest.raises(ValueError, match=r"fixed mixers .*take pictures of \(16, 16\) alone"):
         model.set_input_size((24, 24))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ class Score:
     loss: float
     pictures: int
     seconds: float = 0.0  # that the model took
-    total_seconds: float = 0.0  # with reading
+    total_seconds: float = 0.0  # with reading, as if for it alone
 
 
 def score(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     part: Part,
     config: Config,
     device: torch.device,
@@ -43,31 +43,38 @@ def score(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> tuple[Score, Notes]:
-    """The score of a model in eval mode on a part, whose pictures are dealt out over the processes."""
+) -> tuple[dict[str, Score], Notes]:
+    """The score of each model, in eval mode, on a part that is read once and dealt out over the processes."""
     pictures = Pictures(part, evaluation_transform(config), training=False)
     batches = loader(pictures, EvaluationOrder(len(part), batch_size, rank, world), workers)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, right in five, loss, pictures
+    sums = torch.zeros(len(models), 4, dtype=torch.float64, device=device)  # right, right in five, loss, pictures
+    busy = [0.0] * len(models)
     notes: Notes = {}
-    training, started, busy = model.training, time.perf_counter(), 0.0
-    model.eval()
+    training, started = [model.training for model in models.values()], time.perf_counter()
     for batch in batches:
         notes |= batch.notes
         known = batch.labels != MISSING
-        if known.any():
+        if not known.any():
+            continue
+        pixels, labels = batch.pixels[known], batch.labels[known]
+        for number, model in enumerate(models.values()):
             before = time.perf_counter()
-            sums += _sums(model, batch.pixels[known], batch.labels[known], config, device)
+            sums[number] += _sums(model.eval(), pixels, labels, config, device)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            busy += time.perf_counter() - before
-    model.train(training)
+            busy[number] += time.perf_counter() - before
+    for model, was in zip(models.values(), training, strict=True):
+        model.train(was)
     if world > 1:
         torch.distributed.all_reduce(sums)
-    right, five, loss, count = sums.tolist()
-    if not count:
-        raise UserError(f"none of the {len(part)} pictures to evaluate on could be read")
-    spent = time.perf_counter() - started
-    return Score(right / count, five / count, loss / count, int(count), busy, spent), notes
+    reading = time.perf_counter() - started - sum(busy)
+    found = {}
+    for name, own, spent in zip(models, sums.tolist(), busy, strict=True):
+        right, five, loss, count = own
+        if not count:
+            raise UserError(f"none of the {len(part)} pictures to evaluate on could be read")
+        found[name] = Score(right / count, five / count, loss / count, int(count), spent, spent + reading)
+    return found, notes
 
 
 @torch.no_grad()
@@ -93,22 +100,21 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"averaged": False, "raw": True} if (folder / RAW).is_file() else {"averaged": False}
-    found: dict[str, Any] = {}
-    part: Part | None = None
-    for name, raw in kinds.items():
-        model, config, classes = load(folder, device, raw=raw)
-        part = part or open_held_out(data, classes, *_division(folder, data))
-        result, notes = score(model, part, config, device, batch_size=batch_size, workers=number_of_workers(workers))
+    trained = {name: load(folder, device, raw=raw) for name, raw in kinds.items()}
+    _, config, classes = trained["averaged"]
+    part = open_held_out(data, classes, *_division(folder, data))
+    models = {name: one.model for name, one in trained.items()}
+    results, notes = score(models, part, config, device, batch_size=batch_size, workers=number_of_workers(workers))
+    for name, result in results.items():
         say(
             f"{name + ' weights':17} top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.3f}; "
             f"{result.pictures / result.seconds:,.0f} pictures/s, with reading "
             f"{result.pictures / result.total_seconds:,.0f}"
         )
-        found[name] = asdict(result)
-    say(f"on {found['averaged']['pictures']:,} pictures")
+    say(f"on {results['averaged'].pictures:,} pictures")
     for line in told(notes):
         say(line)
-    return {**found, "notes": notes}
+    return {**{name: asdict(result) for name, result in results.items()}, "notes": notes}
 
 
 def _division(folder: Path, data: str | None) -> tuple[int, bool]:

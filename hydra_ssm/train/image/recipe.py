@@ -85,6 +85,8 @@ class ImageRecipe:
         for name in ("drop_path", "erase", "smoothing", "hflip", "ema_decay"):
             if getattr(self, name) > 1:
                 raise UserError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if self.smoothing == 1:
+            raise UserError("smoothing must be below 1, at which no label is left, got 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"scale must be two rising numbers above 0 and up to 1, got {self.scale}")
         if self.batch_size % self.accumulate:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ... import vision
+from ...vision.models import sizes
 from ..errors import UserError
 from .recipe import ImageRecipe
 
@@ -67,7 +68,7 @@ def config_of(model: nn.Module, recipe: ImageRecipe) -> Config:
     given = timm.data.resolve_model_data_config(model)
     side = recipe.img_size or recipe.model_args.get("img_size")
     if side is not None:
-        given["input_size"] = (3, side, side)
+        given["input_size"] = (given["input_size"][0], *sizes(side))
     if given["input_size"][1] < 64:
         given["crop_pct"] = 1.0  # nothing can be spared
     return {name: given[name] for name in INPUT if name in given}

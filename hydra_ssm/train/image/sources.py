@@ -72,7 +72,7 @@ def open_parts(data: str | None, seed: int = 0) -> tuple[Part, Part, list[str]]:
         return _of_splits(_hub(data), data, seed)
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _of_splits(_saved(path), data, seed)
-    if shards := _shards(path):
+    if (shards := _shards(path)) and not _has_pictures(path):  # else they lie there by chance
         return _of_shards(shards, path, seed)
     if path.is_dir() and (any(path.rglob("*.parquet")) or any(path.rglob("*.arrow"))):
         return _of_splits(_hub(str(path)), data, seed)
@@ -122,7 +122,7 @@ def _both(train: Source, held_out: Source) -> tuple[Part, Part, list[str]]:
 class Folder:
     """CLASS/PICTURE, at any depth, as timm reads it."""
 
-    def __init__(self, path: Path, classes: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, classes: Sequence[str] | None = None, title: str = "") -> None:
         from timm.data.readers import create_reader
 
         known = None if classes is None else {name: i for i, name in enumerate(classes)}
@@ -132,12 +132,13 @@ class Folder:
             raise UserError(f"{path} must hold folders of pictures, one a class: {error}") from None
         self.classes = list(classes or self.reader.class_to_idx)
         self.labels = [label for _, label in self.reader.samples]
+        self.title = title
 
     def read(self, i: int) -> bytes:
         return Path(self.reader.samples[i][0]).read_bytes()
 
     def name(self, i: int) -> str:
-        return self.reader.filename(i)
+        return f"{self.title}{self.reader.filename(i)}"
 
 
 def _of_folders(path: Path, seed: int) -> tuple[Part, Part, list[str]]:
@@ -150,10 +151,10 @@ def _of_folders(path: Path, seed: int) -> tuple[Part, Part, list[str]]:
     if train is None or held_out is None:
         only = train or held_out
         assert only is not None
-        return _divided(Folder(only), seed)
-    first = Folder(train)
+        return _divided(Folder(only, title=f"{only.name}/"), seed)
+    first = Folder(train, title=f"{train.name}/")
     _check_classes(first.classes, train)
-    return _both(first, Folder(held_out, first.classes))
+    return _both(first, Folder(held_out, first.classes, f"{held_out.name}/"))
 
 
 def _check_classes(classes: Sequence[str], path: Path) -> None:
@@ -170,7 +171,8 @@ class Shards:
     They are read through once for the places of their files; after that any picture is one seek away.
     """
 
-    def __init__(self, paths: Sequence[Path], classes: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], root: Path, classes: Sequence[str] | None = None) -> None:
+        self.root = root
         self.paths = [str(path) for path in paths]
         found: list[tuple[int, int, int, str, str]] = []  # shard, offset, size, name, class
         for shard, path in enumerate(paths):
@@ -195,7 +197,8 @@ class Shards:
             return file.read(size)
 
     def name(self, i: int) -> str:
-        return f"{Path(self.paths[int(self.places[i][0])]).name}/{self.names[i]}"
+        shard = Path(self.paths[int(self.places[i][0])])
+        return f"{shard.relative_to(self.root)}/{self.names[i]}"
 
 
 def _entries(path: Path) -> list[tuple[int, int, str, str]]:
@@ -238,18 +241,25 @@ def _shards(path: Path) -> list[Path]:
     return sorted(path.rglob("*.tar"))
 
 
+def _has_pictures(path: Path) -> bool:
+    """Whether there are folders with pictures."""
+    return any(p.suffix.lower() in ENDINGS and p.parent != path for p in path.rglob("*"))
+
+
 def _of_shards(paths: list[Path], root: Path, seed: int) -> tuple[Part, Part, list[str]]:
+    root = root.parent if root.is_file() else root
+
     def is_held_out(path: Path) -> bool:
-        below = path.relative_to(root.parent if root.is_file() else root)
+        below = path.relative_to(root)
         words = re.split(r"[^a-z]+", str(below.with_suffix("")).lower())
         return any(name in words for name in HELD_OUT_NAMES)
 
     held_out = [path for path in paths if is_held_out(path)]
     train = [path for path in paths if path not in held_out]
     if not held_out or not train:
-        return _divided(Shards(paths), seed)
-    first = Shards(train)
-    return _both(first, Shards(held_out, first.classes))
+        return _divided(Shards(paths, root), seed)
+    first = Shards(train, root)
+    return _both(first, Shards(held_out, root, first.classes))
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
@@ -311,15 +321,15 @@ def _saved(path: Path) -> Any:
 
 
 def _of_splits(splits: Any, name: str, seed: int) -> tuple[Part, Part, list[str]]:
-    train = next((splits[s] for s in TRAIN_NAMES if s in splits), None)
-    held_out = next((splits[s] for s in HELD_OUT_NAMES if s in splits), None)
+    train = next((s for s in TRAIN_NAMES if s in splits), None)
+    held_out = next((s for s in HELD_OUT_NAMES if s in splits), None)
     if train is None and held_out is None:
         raise UserError(f"{name} must have a split train or validation, it has {', '.join(splits)}")
     if train is None or held_out is None:
-        only = train if train is not None else held_out
-        return _divided(HubSplit(only, name), seed)
-    first = HubSplit(train, name)
-    return _both(first, HubSplit(held_out, name, first.classes))
+        only = train or held_out
+        return _divided(HubSplit(splits[only], f"{name}, {only}"), seed)
+    first = HubSplit(splits[train], f"{name}, {train}")
+    return _both(first, HubSplit(splits[held_out], f"{name}, {held_out}", first.classes))
 
 
 # -------------------------------------------------------------------------------------------------------------- digits

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..checkpoints import newest_whole, remove_old, remove_unfinished, whole_folder
 from ..errors import Diverged, Stopped, UserError
 from ..workers import stopping
-from .evaluation import Score, number_of_workers, score
+from .evaluation import number_of_workers, score
 from .folder import DATA, ImageFolder
 from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, training_transform
 from .progress import Shown
@@ -41,6 +42,8 @@ from .sources import Part, logistic_regression, most_frequent, open_parts
 
 STATE = "state.pt"
 SAY_EVERY = 1.0  # seconds
+ASK_EVERY = 10  # steps: whether a process was told to stop, which all of them must know
+WAIT = timedelta(hours=6)  # for the process that reads through the data
 
 
 def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
@@ -56,6 +59,7 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
     folder = ImageFolder(out)
     with processes() as (rank, world, device):
         _check_divides(recipe, world)
+        parts = None
         if rank == 0:
             folder.check_free(overwrite)
             parts = open_parts(recipe.data, recipe.seed)
@@ -65,7 +69,7 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
                 (part / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
                 (part / DATA).write_text(json.dumps(_facts(*parts)) + "\n", encoding="utf-8")
         _wait(world)
-        return Run(folder, rank, world, device).train()
+        return Run(folder, rank, world, device, parts).train()
 
 
 def resume(out: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
@@ -106,7 +110,7 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
     if world == 1:
         yield rank, world, device
         return
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT)
     try:
         yield rank, world, device
     finally:
@@ -144,10 +148,17 @@ def _facts(train: Part, held_out: Part, classes: list[str]) -> dict[str, Any]:
 class Run:
     """A run from its folder: what it trains on, its state, and the way to its result."""
 
-    def __init__(self, folder: ImageFolder, rank: int, world: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: ImageFolder,
+        rank: int,
+        world: int,
+        device: torch.device,
+        parts: tuple[Part, Part, list[str]] | None = None,
+    ) -> None:
         self.folder, self.rank, self.world, self.device = folder, rank, world, device
         self.recipe = recipe = folder.read_settings()
-        self.train_part, self.held_out, self.classes = open_parts(recipe.data, recipe.seed)
+        self.train_part, self.held_out, self.classes = parts or open_parts(recipe.data, recipe.seed)
         self._check_same()
         torch.manual_seed(recipe.seed)
         model, self.config = create(recipe, len(self.classes))
@@ -232,7 +243,8 @@ class Run:
                 self._evaluate(epoch + 1)
             if self.done < self.steps and self.done % save_every == 0:
                 self._save()
-            if not ended and self._anybody(asked.is_set()):
+            ask = not ended and (self.world == 1 or self.done % ASK_EVERY == 0)  # among several the GPU is waited for
+            if ask and self._anybody(asked.is_set()):
                 return
 
     def _step(self, batch: Batch) -> None:
@@ -287,12 +299,11 @@ class Run:
 
     def _evaluate(self, epoch: int) -> None:
         """Both kinds of weights on the held-out pictures."""
-        scores: dict[str, Score] = {}
-        for name, model in (("raw", self.model), ("averaged", self.ema.module)):
-            scores[name], notes = score(
-                model, self.held_out, self.config, self.device, workers=self.workers, rank=self.rank, world=self.world
-            )
-            self.notes |= notes
+        models = {"raw": self.model, "averaged": self.ema.module}
+        scores, notes = score(
+            models, self.held_out, self.config, self.device, workers=self.workers, rank=self.rank, world=self.world
+        )
+        self.notes |= notes
         self.curve.append(
             {"epoch": epoch, "step": self.done, **{f"top1_{name}": s.top1 for name, s in scores.items()},
              **{f"top5_{name}": s.top5 for name, s in scores.items()},

@@ -18,10 +18,9 @@ from torch import Tensor
 from ....vision.pictures import open_picture
 from ...checkpoints import damage, whole_folder
 from ...errors import UserError
+from ..sources import ENDINGS, HELD_OUT_NAMES, TRAIN_NAMES
 
 FACTS, HELD_OUT = "pictures.json", "test"
-ENDINGS = (".jpg", ".jpeg", ".png")
-TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
 
 class Pictures(NamedTuple):
@@ -99,7 +98,7 @@ def _load(folder: Path, part: str) -> Pictures:
 def _decoded(source: Path, size: int) -> dict[str, Named]:
     found: dict[str, Named] = {"train": [], HELD_OUT: []}
     for path, content in _files(source):
-        part = next((p for p in reversed(path.parts[:-2]) if p in (*TRAIN_NAMES, *TEST_NAMES)), None)
+        part = next((p for p in reversed(path.parts[:-2]) if p in (*TRAIN_NAMES, *HELD_OUT_NAMES)), None)
         if part is not None:
             try:
                 rgb, _ = open_picture(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from ....mixer import MatrixMixer
 from ....vision import DropIn, HydraViT
+from ....vision.dropin import expand_to
 from ...errors import UserError
 from .plan import Plan
 
@@ -105,8 +105,4 @@ def _layer(plan: Plan, matrix: str, heads: int, d_state: int) -> int:
 
 
 def _spec(plan: Plan, matrix: str, heads: int) -> dict[str, Any]:
-    inner = heads * plan.headdim
-    expand = inner / plan.width
-    if int(expand * plan.width) < inner:  # rounded down
-        expand = math.nextafter(expand, math.inf)
-    return {"matrix": matrix, "expand": expand}
+    return {"matrix": matrix, "expand": expand_to(heads * plan.headdim, plan.width)}
