@@ -174,9 +174,10 @@ def image_compare(
     small: bool = False,
     rows: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2),
-    epochs: Annotated[int | None, _usual("N", "40")] = None,
+    epochs: Annotated[int | None, _usual("N", "30")] = None,
     jobs: Annotated[int | None, _usual("N", "3 on a GPU, else 1")] = None,
     limit: Annotated[float | None, _usual("SECONDS", "none")] = None,
+    budget: Annotated[float | None, _usual("SECONDS", "none")] = None,
 ) -> None:
     """Compare image models that are alike in all else: ViT, Hydra-ViT, Hydra in place of attention, other matrices.
 
@@ -196,6 +197,8 @@ def image_compare(
         epochs: Of the runs that count.
         jobs: Runs at once.
         limit: Stop after so many seconds, and some more to save, to go on later.
+        budget: Before the first run lower the epochs, for all rows alike, until tuning and runs take no more seconds of
+            the device, by the measured times of a step.
     """
     require("timm", extra="vision")
     from ..train.image.comparison import compare
@@ -203,4 +206,6 @@ def image_compare(
     settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     stages = ("speed", "tuning", "runs") if small else ("speed", "tuning", "runs", "resolutions")
     size = "small" if small else None
-    compare(data, out, size=size, rows=rows, seeds=seeds, stages=stages, jobs=jobs, limit=limit, **settings)
+    compare(
+        data, out, size=size, rows=rows, seeds=seeds, stages=stages, jobs=jobs, limit=limit, budget=budget, **settings
+    )

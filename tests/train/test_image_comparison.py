@@ -214,6 +214,17 @@ def test_epochs_are_fewer_where_time_is_short_for_all_rows_alike():
     assert plan.within(0, seconds).epochs == 5
 
 
+def test_a_budget_lowers_the_epochs_before_the_first_run_and_the_same_call_goes_on(digits, tmp_path):
+    told: list[str] = []
+    given = {"rows": ["vit"], "seeds": [0], "stages": ["speed", "runs"], "say": told.append, "budget": 0.01}
+    for _ in range(2):
+        report = compare(digits, tmp_path / "out", **given, **TINY | {"epochs": 7})
+        assert report["plan"]["epochs"] == report["runs"][0]["epochs"] == 5
+    assert sum("5 epochs, " in line for line in told) == 2
+    given |= {"seeds": [0, 1], "budget": 1e9}  # too late: the first seed has been trained
+    assert {r["epochs"] for r in compare(digits, tmp_path / "out", **given)["runs"]} == {5}
+
+
 def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tmp_path, monkeypatch):
     def wrong(row, *given):
         if row == "vit":

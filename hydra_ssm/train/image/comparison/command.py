@@ -70,7 +70,7 @@ def compare(
     folder, chosen = Path(out), choose_rows(rows)
     if unknown := set(stages) - set(STAGES):
         raise UserError(f"stages must be of {', '.join(STAGES)}, got {min(unknown)}")
-    plan = _plan(folder, size, settings)
+    plan = _plan(folder, size, settings, lowered=budget is not None)
     pictures = Path(data) if data is not None and (Path(data) / "pictures.json").is_file() else folder / DATA
     say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
     prepare(data, pictures)
@@ -151,12 +151,14 @@ def _finish(folder: Path, plan: Plan, facts: dict[str, Any], ended: Ended, say: 
     return report
 
 
-def _plan(folder: Path, size: str | None, given: dict[str, Any]) -> Plan:
+def _plan(folder: Path, size: str | None, given: dict[str, Any], lowered: bool) -> Plan:
+    """What the folder has, or is given now. lowered: its epochs may be fewer than are given."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} must be a folder, it is a file")
     if (folder / NAME).is_file():
         plan = read_plan(Plan, folder)
-        check_plan(plan, given | ({"size": size} if size else {}), folder)
+        asked = {k: v for k, v in given.items() if not (lowered and k in ("epochs", "tuning_epochs"))}
+        check_plan(plan, asked | ({"size": size} if size else {}), folder)
         return plan
     if folder.is_dir() and any(folder.iterdir()) and [p.name for p in folder.iterdir()] != [DATA]:
         raise UserError(f"{folder} must be new, empty or hold a comparison, it holds {min(folder.iterdir()).name}")
