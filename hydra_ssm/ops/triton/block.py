@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .conv import conv_backward, conv_forward
-from .decay import Decays, Steps
+from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
 from .norm import norm_backward, norm_forward
 from .plan import plan
@@ -98,12 +97,10 @@ def block_forward(
     z, wet, dt_f, dt_b = sizes.parts(projected)
     xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(xBC)
-    dtype = x.dtype
-    diagonal = F.linear(xBC[..., : sizes.inner], weights.fc_D.to(dtype), weights.D.to(dtype))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     how = plan(x, B_f, backward=keep)
-    decays = find_decays(x, steps, ids, diagonal, how)
-    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, diagonal, how, decays)
+    decays = find_decays(x, steps, ids, Projection(x.flatten(2), weights.fc_D, weights.D), how)
+    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, None, how, decays)
     y = y.flatten(2)
     normed, rstd = norm_forward(y, z, weights.norm, eps)
     assert decays.diagonal is not None
@@ -123,7 +120,7 @@ def block_backward(
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None
     ddiagonal = norm.diagonal.flatten(0, 1)
-    dfc_D = ddiagonal.T @ x.flatten(2).flatten(0, 1)
+    dfc_D = _product(ddiagonal.T, x.flatten(2).flatten(0, 1))
     dxBC = torch.empty_like(kept.xBC)
     dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
     into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
@@ -140,6 +137,13 @@ def block_backward(
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
     dD = norm.diagonal_sum.to(weights.D.dtype, copy=True)
     return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), norm.weight)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, without rounding to what a and b are of."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def block(

@@ -186,11 +186,12 @@ def _backward_kernel(
     after = halo + (stretch * (4 * HALF) + 2 * HALF) * C
     # Rows beside the stretch have a loop of their own: choosing between two places costs registers at every row.
     inner = count // UNROLL * UNROLL if IN_PLACE else count + 2 * HALF
+    # It is short, and what it takes to compile grows with the third power of the rows in both.
     for BESIDE in tl.static_range(1 + IN_PLACE):
-        for k in tl.range(inner if BESIDE else 0, count + 2 * HALF if BESIDE else inner, UNROLL):
+        for k in tl.range(inner if BESIDE else 0, count + 2 * HALF if BESIDE else inner, UNROLL // (1 + BESIDE)):
             rows = ()
             given = ()
-            for s in tl.static_range(UNROLL):
+            for s in tl.static_range(UNROLL // (1 + BESIDE)):
                 j = k + s
                 at = x + j * stride_l
                 exists = j < high
@@ -200,7 +201,7 @@ def _backward_kernel(
                 rows = rows + (tl.load(at + c, mask=keep & exists, other=0.0),)
                 inside = (j - HALF >= low) & (j - HALF < high)
                 given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
-            for s in tl.static_range(UNROLL):
+            for s in tl.static_range(UNROLL // (1 + BESIDE)):
                 j = k + s
                 if HAS_IDS:
                     numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
-BLOCK_HEADS = 8
 SMALLEST_STEP = 2.0**-100  # what dt = 0 counts as: it adds nothing, and gradients may divide by it
 STRONGEST = 152.0  # log2: 2 ** -152 is zero, and a larger one would cost the sums that pass it their digits
 
@@ -110,6 +109,22 @@ def _four(a, b, c, d):
     return tl.permute(tl.reshape(four, [a.shape[0], a.shape[1], 4]), (1, 0, 2))
 
 
+@triton.jit
+def _projected(
+    x, weight, offset, i, limit, h, H, inner, stride, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr
+):
+    """weight x + offset, float32 (tokens, heads), of the tokens i of the chunk at x."""
+    k = tl.arange(0, BLOCK)
+    found = tl.zeros([i.shape[0], h.shape[0]], tl.float32)
+    for start in tl.range(0, inner, BLOCK, num_stages=STAGES):
+        at = start + k
+        exists = (at < inner)[None, :]
+        v = tl.load(x + i[:, None] * stride + at[None, :], mask=(i < limit)[:, None] & exists, other=0.0)
+        w = tl.load(weight + h[:, None] * inner + at[None, :], mask=(h < H)[:, None] & exists, other=0.0)
+        found = tl.dot(v, tl.trans(w.to(v.dtype)), found, input_precision=PRECISION)
+    return found + tl.load(offset + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+
+
 @triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
 def _decay_kernel(
     dt_f,
@@ -118,6 +133,8 @@ def _decay_kernel(
     bias,
     ids,
     diagonal,
+    weight,
+    offset,
     decays,
     steps,
     totals,
@@ -125,6 +142,7 @@ def _decay_kernel(
     L,
     H,
     chunks,
+    inner,
     A_stride,
     low,
     high,
@@ -140,14 +158,19 @@ def _decay_kernel(
     RAW: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
+    PROJECTED: tl.constexpr,
     SHIFTED: tl.constexpr,
     FOLDED: tl.constexpr,
+    PRECISION: tl.constexpr,
     LOG2: tl.constexpr,
     SMALLEST: tl.constexpr,
     MOST: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
+    """Grid (B chunks, H / BLOCK_H). diagonal is x where the diagonal is a projection of it."""
     pid = tl.program_id(0).to(tl.int64)
     batch, chunk = pid // chunks, pid % chunks
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -155,6 +178,16 @@ def _decay_kernel(
     place = chunk * Q + i
     inside = (place < L)[:, None] & (h < H)[None, :]
     head = batch * H + h
+    to = head[:, None] * (chunks * Q) + place[None, :]
+    if HAS_DIAGONAL:
+        diagonal += batch * stride_db
+        if PROJECTED:
+            x = diagonal + chunk * Q * stride_dl
+            d = _projected(x, weight, offset, i, L - chunk * Q, h, H, inner, stride_dl, BLOCK_K, STAGES, PRECISION)
+        else:
+            at = diagonal + place[:, None] * stride_dl + h[None, :] * stride_dh
+            d = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(diagonals + to, tl.trans(d), mask=tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q)))
     f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
     b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
     exists = inside
@@ -171,7 +204,6 @@ def _decay_kernel(
     a_b = b * (load_rates(A + A_stride, h, H, RAW) * LOG2)[None, :]
     a_f = tl.where(a_f < -MOST, -MOST, a_f)
     a_b = tl.where(a_b < -MOST, -MOST, a_b)
-    to = head[:, None] * (chunks * Q) + place[None, :]
     keep = tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q))[:, :, None]
     if FOLDED:
         sum_f = tl.cumsum(a_f, 0)
@@ -201,10 +233,6 @@ def _decay_kernel(
     tl.store(totals + here * 2, total_f, mask=h < H)
     tl.store(totals + here * 2 + 1, total_b, mask=h < H)
     tl.store(decays + to[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], four, mask=keep)
-    if HAS_DIAGONAL:
-        ds = diagonal + batch * stride_db + place[:, None] * stride_dl + h[None, :] * stride_dh
-        d = tl.load(ds, mask=inside, other=0.0).to(tl.float32)
-        tl.store(diagonals + to, tl.trans(d), mask=tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q)))
 
 
 @dataclass(frozen=True)
@@ -238,8 +266,32 @@ class Decays:
     shifted: bool = True  # rows read what their neighbour has read: with its C, up to its own step
 
 
+@dataclass(frozen=True)
+class Projection:
+    """The diagonal (B, L, H) as weight x + offset, summed in float32."""
+
+    x: Tensor  # (B, L, K), the last stride unit
+    weight: Tensor  # (H, K)
+    offset: Tensor  # (H,)
+
+
+@dataclass(frozen=True)
+class DecaysConfig:
+    """Heads of a program; numbers of x that a projection reads at once, and how far ahead; warps."""
+
+    heads: int = 8
+    values: int = 64
+    stages: int = 1
+    warps: int = 4
+
+
+GIVEN = DecaysConfig()
+PROJECTED = DecaysConfig(heads=32, stages=3)  # more heads a program: each reads all of x
+
+
 def chunk_decays(
-    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, Q: int, folded: bool, shifted: bool = True,
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | Projection | None, Q: int, folded: bool, shifted: bool = True,
+    precision: str = "ieee",
 ) -> Decays:  # fmt: skip
     """The decays of the steps, and the diagonal (B, L, H) beside them; ids (B, L) matter to raw steps alone."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
@@ -252,14 +304,19 @@ def chunk_decays(
     sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
     apart = None if folded else empty(chunks * Q, 8)
     diagonals = None if diagonal is None else empty(chunks * Q)
-    block = min(triton.next_power_of_2(H), BLOCK_HEADS)
+    projected = isinstance(diagonal, Projection)
+    config = PROJECTED if projected else GIVEN
+    given, weight, offset = (
+        (diagonal.x, diagonal.weight, diagonal.offset) if isinstance(diagonal, Projection) else (diagonal, None, None)
+    )
+    block = min(triton.next_power_of_2(H), config.heads)
     _decay_kernel[(batch * chunks, triton.cdiv(H, block))](
-        dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
-        dt_f if diagonal is None else diagonal, sums, sums if apart is None else apart, totals,
-        sums if diagonals is None else diagonals, L, H, chunks, steps.A_stride, *steps.limits,
-        *dt_f.stride(), *dt_b.stride(), *((0, 0, 0) if diagonal is None else diagonal.stride()),
-        RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=diagonal is not None, SHIFTED=shifted,
-        FOLDED=folded,
-        LOG2=LOG2E, SMALLEST=SMALLEST_STEP, MOST=STRONGEST, Q=Q, BLOCK_H=block, num_warps=4,
+        dt_f, dt_b, A, *(dt_f if t is None else t for t in (bias, ids, given, weight, offset)),
+        sums, sums if apart is None else apart, totals, sums if diagonals is None else diagonals,
+        L, H, chunks, 0 if weight is None else weight.shape[1], steps.A_stride, *steps.limits,
+        *dt_f.stride(), *dt_b.stride(), *((0, 0, 0) if given is None else given.stride()),
+        RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=given is not None, PROJECTED=projected,
+        SHIFTED=shifted, FOLDED=folded, PRECISION=precision, LOG2=LOG2E, SMALLEST=SMALLEST_STEP, MOST=STRONGEST,
+        Q=Q, BLOCK_H=block, BLOCK_K=config.values, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return Decays(sums, apart, totals, diagonals, shifted)

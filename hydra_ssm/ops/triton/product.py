@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .decay import Decays, Steps, chunk_decays
+from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
 from .plan import Plan, plan
@@ -116,10 +116,10 @@ def _to(given: Tensor | None, like: Tensor) -> Tensor:
 
 
 def find_decays(
-    x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | None, how: Plan, shifted: bool = True
+    x: Tensor, steps: Steps, ids: Tensor | None, diagonal: Tensor | Projection | None, how: Plan, shifted: bool = True
 ) -> Decays:
     """What the forward and the backward pass of one plan both read of the steps."""
-    return chunk_decays(steps, ids, diagonal, how.chunk, folded=x.dtype.itemsize == 2, shifted=shifted)
+    return chunk_decays(steps, ids, diagonal, how.chunk, x.dtype.itemsize == 2, shifted, how.precision)
 
 
 def _states(
