@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._autograd import closed_form
 from ._parts import parts
+from .fusion import fusible
 
 
 def rank(angle: float, tolerance: float) -> int:
@@ -87,11 +88,13 @@ class _Cosines(torch.autograd.Function):
         return dq, dk, E @ state - dx, None, None
 
 
+@fusible
 def _features(q: Tensor, half: Tensor) -> Tensor:
     """sum_d cos(2 q_d h) - 1 (n, L, nodes), in a form that loses no digit of small angles."""
     return (q[..., None] * half).sin_().square_().sum(2).mul_(-2)
 
 
+@fusible
 def _slopes(q: Tensor, half: Tensor, grad: Tensor) -> Tensor:
     """sum_n grad_n 2 h_n sin(2 q_d h_n) (n, L, d)."""
     return torch.einsum("nldr,nlr->nld", (q[..., None] * (2 * half)).sin_(), grad * (2 * half))

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._autograd import closed_form
 from ._parts import AT_ONCE, cuts, on_cpu, parts
 from ._precision import at_least_float32
+from .fusion import fusible
 
 
 def exponential_sum(alpha: Tensor, beta: Tensor, scale: Tensor, exponents: Tensor, x: Tensor) -> Tensor:
@@ -78,15 +79,17 @@ def _found(factor: Callable[[Tensor], Tensor], angle: Tensor, tokens: list[slice
     return lambda t: once
 
 
+@fusible
 def _factor(scale: Tensor, s: Tensor, dtype: torch.dtype, angle: Tensor) -> Tensor:
     """exp(l - s a) (n, d K, L)."""
     wide = torch.addcmul(scale[..., None], angle[:, :, None], s[:, None], value=-1)
     return wide.exp_().to(dtype).flatten(1, 2)
 
 
+@fusible
 def _angle_grad(factor: Tensor, grad: Tensor, s: Tensor) -> Tensor:
     """Of a (n, d, L), where the factor is exp(l - s a) (n, d K, L) and its gradient is given."""
-    return -torch.einsum("ndkl,k->ndl", factor.mul(grad).unflatten(1, (-1, len(s))).to(s.dtype), s)
+    return factor.mul(grad).unflatten(1, (-1, len(s))).to(s.dtype).mul(-s[:, None]).sum(2)
 
 
 def _added(products: Iterable[Tensor]) -> Tensor:

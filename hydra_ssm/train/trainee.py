@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bench.clock import captured
+from ..matrices.fusion import fused
 from ..matrices.vandermonde import at_most
 from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
@@ -28,7 +29,8 @@ class How:
     """What makes a GPU's run fast. None of it changes what is computed but for rounding."""
 
     graph: bool = True
-    compile: bool = True
+    compile: bool = True  # layers and loss
+    fuse: bool = True  # what `fusion.fused` does, where layers are not compiled
 
 
 class Means(NamedTuple):
@@ -79,7 +81,7 @@ class Trainee:
         net.to(device)  # type: ignore[arg-type]
         self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
-        self.graph = False  # whether it has one
+        self.graph, self.fuse = False, how.fuse and device.type == "cuda"  # whether it has one, whether it does
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
         self.total = torch.zeros(3, device=device)  # of the parts since it was read
         self._compute: Callable[[], Any] = self._forward_and_backward
@@ -97,10 +99,23 @@ class Trainee:
             for layer in self.net.model.encoder.layers:
                 layer.compile(dynamic=False)
             self._criterion = torch.compile(masked_loss, dynamic=False)
-        self._compute()  # what is chosen or compiled once
+        self._choose()
         if self.how.graph:
             self._capture()
         torch.cuda.synchronize()
+
+    def _choose(self) -> None:
+        """What is chosen or compiled once."""
+        try:
+            self._compute()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.fuse:
+                raise
+            self.fuse = False
+            self.say(f"nothing is fused, cauchy and vandermonde are slower: {str(error).splitlines()[:1]}")
+            self._compute()
 
     def _capture(self) -> None:
         generator = torch.cuda.default_generators[self.device.index or torch.cuda.current_device()]
@@ -172,15 +187,22 @@ class Trainee:
         assert self._batch is not None
         labels = self._batch.labels
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device), self._known():
-            logits = self._logits(self._batch.input_ids, self._batch.places)
-            loss, right = self._criterion(logits, labels, self._batch.count)
-        loss.backward()
+        with self._settings():
+            with autocast(self.device):
+                logits = self._logits(self._batch.input_ids, self._batch.places)
+                loss, right = self._criterion(logits, labels, self._batch.count)
+            loss.backward()
         self.found = torch.stack([loss.detach().float(), right.float(), (labels != IGNORED).sum().float()])
 
-    def _known(self) -> AbstractContextManager[Any]:
-        """A graph has the same operations for all values. Elsewhere they are those that are seen."""
-        return at_most(LARGEST) if self.how.graph and self.device.type != "cpu" else nullcontext()
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """Of the mixers: a graph has the same operations for all values, elsewhere they are those that are seen."""
+        with ExitStack() as stack:
+            if self.how.graph and self.device.type != "cpu":
+                stack.enter_context(at_most(LARGEST))
+            if self.fuse:
+                stack.enter_context(fused())
+            yield
 
     def _put(self, batch: Batch) -> None:
         """Into the tensors that a graph reads."""

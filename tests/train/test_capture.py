@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hydra_ssm.matrices import MATRICES
+from hydra_ssm.matrices.fusion import fused
 from hydra_ssm.matrices.vandermonde import Vandermonde, at_most
 from hydra_ssm.text import HydraForMaskedLM
 from hydra_ssm.train.ablation import Plan, all_rows
@@ -100,3 +101,18 @@ def test_beyond_the_bound_vandermonde_is_nan_and_not_a_little_wrong() -> None:
         q[0, 5, 0, 2] = 8.1
         assert (Vandermonde(None, q, k, 1.0) @ x).isnan().all()
     assert (Vandermonde(None, q, k, 1.0) @ x).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cauchy", "vandermonde"])
+def test_fused_products_are_the_same_products(name: str) -> None:
+    q, k, x = (torch.randn(2, 16, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    own = {"c": torch.tensor(0.5)} if name == "cauchy" else {}
+    matrix = MATRICES[name](None, q, k, scale=0.3, **own)
+    found = []
+    for way in (nullcontext, fused):
+        with way():
+            y = matrix @ x
+            found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, x))))
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.allclose(compiled, plain, rtol=1e-12, atol=1e-12)
