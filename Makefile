@@ -28,7 +28,7 @@ demo: $(STAMP)  ## train a small Hydra encoder on the CPU (about 3 minutes), the
 	$(BIN)/hydra-ssm embed $(RUN) README.md
 
 test: $(STAMP)  ## run the tests in two processes; ARGS='-k name' goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
