@@ -66,10 +66,10 @@ def schedule(step: int, steps: int) -> float:
     return 1 - (1 - LAST) * (step + 1 - up) / max(1, steps - up)
 
 
-def free_memory() -> None:
-    """What the run before has left on a GPU."""
+def free_memory(compiled: bool = True) -> None:
+    """What the run before has left on a GPU; `compiled`: what was compiled is of no more use, either."""
     if torch.cuda.is_available():
-        if "torch._dynamo" in sys.modules:
+        if compiled and "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,8 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
     folder = key.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     plan, data = Plan.read(out), Data(out / DATA)
-    free_memory()
+    free_memory(compiled=False)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for a few small kernels many would take longer
     with quiet():
         training = _training(plan, data, key, folder, say)
         found = {"row": key.row, "seed": key.seed, **_facts(plan, key, training), "at_once": at_once}
