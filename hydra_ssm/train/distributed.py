@@ -21,6 +21,7 @@ from .errors import UserError
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # for the one process that prepares the data; one that has died is noticed at once
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 FOREIGN = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -42,7 +43,8 @@ class Team:
                 raise UserError(f"{name} must not be set: start the processes alone, and choose by --sharding")
         from accelerate import PartialState  # type: ignore[import-untyped]
 
-        _meet()
+        if not dist.is_initialized():
+            _meet()
         PartialState(cpu=not torch.cuda.is_available())
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
 
@@ -128,7 +130,8 @@ class Team:
 def _meet() -> None:
     """The processes find each other.
 
-    On one machine, torchrun keeps its store when it starts processes anew, with the addresses of those that died.
+    torchrun keeps its store when it starts processes anew, with the addresses of those that died. On one machine the
+    number of the attempt tells them apart; each machine counts for itself, so that several need a store an attempt.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -136,6 +139,8 @@ def _meet() -> None:
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    elif rank == 0 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+        warnings.warn(f"--max-restarts needs {OWN_STORE}=1 in the environment of every torchrun", stacklevel=3)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
@@ -158,8 +163,12 @@ def is_first() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process in place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun has started the processes in place of some of which one died. All of them ask together.
+
+    Of several machines, torchrun counts on the one alone where it died.
+    """
+    own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return bool(Team.join().most(own)) if several() else own
 
 
 # ---------------------------------------------------------------------------------------------- a model in parts

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +180,27 @@ def workers(parent: int) -> list[int]:
     """Process ids of the children of a launcher, which has no others."""
     children = Path(f"/proc/{parent}/task/{parent}/children")
     return [int(pid) for pid in children.read_text(encoding="utf-8").split()]
+
+
+ASK = """
+import os, torch
+from hydra_ssm.train.distributed import restarted
+def ask(rank):
+    os.environ |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank)}
+    print(restarted(), flush=True)
+torch.multiprocessing.start_processes(ask, (), 2, start_method="fork")
+"""
+
+
+def test_all_processes_go_on_where_one_machine_has_started_its_own_anew() -> None:
+    """torchrun counts attempts on the machine alone whose process died."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    known = {**environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    known |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
+    done = subprocess.run([sys.executable, "-c", ASK], env=known, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "True\n" * 2, done.stderr
+    assert done.stderr.count("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
