@@ -15,7 +15,7 @@ from typing import Any
 from ._extras import require
 
 MISTAKE = 2  # the exit code of what the user can repair
-HELP = """Bidirectional state space encoders for text.
+HELP = """Bidirectional state space encoders for text and pictures.
 
 usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
 
@@ -31,10 +31,9 @@ usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
   compare      compare Hydra with BERT: the same tokens, the same seconds, GLUE, longer rows
   glue         fine-tune a model on GLUE's tasks, and show the paper's table
   finetune     fine-tune a model on your own table: classes, pairs, numbers or tags
-  image train  train an image classifier, by the paper's recipe on timm's parts
-  image eval   measure one: top-1, top-5, pictures a second
-  image predict  name pictures, and draw them with their names
-  image compare  compare ViT, Hydra-ViT and its rivals, alike in all else
+  image train, eval, predict, compare
+               train an image classifier, by the paper's recipe on timm's parts; measure one; name pictures and draw
+               them; compare ViT, Hydra-ViT and its rivals, alike in all else
 
 examples:
 
@@ -46,6 +45,7 @@ examples:
   hydra-ssm inspect runs/mine "A sentence."             which tokens each token reads: a picture and a page
   hydra-ssm bench --plot speed.png                      checked, then timed: a table and a picture
   hydra-ssm ablate --small                              which matrices learn best: a table and a picture
+  hydra-ssm image train                                 an image classifier on bundled digits: a minute or two
 
 HYDRA_SSM_TRACEBACK=1 shows where an error came from.
 """
@@ -96,7 +96,8 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
     name, rest = " ".join(given[:words]), given[words:]
     command = COMMANDS.get(name)
     if command is None:
-        raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {name}")
+        known = [c for c in COMMANDS if c.startswith(f"{name} ")] or list(COMMANDS)
+        raise ValueError(f"the command must be one of {', '.join(known)}, got {name}")
 
     @wraps(command)
     def ready(*arguments: Any, **options: Any) -> Callable[[], None]:

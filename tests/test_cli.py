@@ -48,6 +48,7 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MISTAKES = {
+    "image": "the command must be one of image train, image eval, image predict, image compare, got image",
     "frobnicate": "the command must be one of pretrain, fill-mask, embed, .* got frobnicate",
     "pretrain --stepz 3": "Unrecognized options: --stepz",
     "pretrain --steps few": "Error parsing --steps: no type matching INT could be instantiated from ['few']",

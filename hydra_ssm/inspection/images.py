@@ -96,7 +96,9 @@ def inspect_picture(
     chosen = list(patches) if patches is not None else _spread(grid)
     for row, column in chosen:
         if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-            raise ValueError(f"patches must be within {grid[0]} rows and {grid[1]} columns, got {row},{column}")
+            raise ValueError(
+                f"patches must be rows from 0 to {grid[0] - 1} and columns from 0 to {grid[1] - 1}, got {row},{column}"
+            )
     with torch.no_grad():
         seen = mixing_matrices(loaded.model, pixels, layers=layers, heads=heads)
         check_finite(seen, folder)

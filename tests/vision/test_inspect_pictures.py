@@ -129,7 +129,9 @@ def test_mistakes_are_one_line(folder, picture, tmp_path, capsys):
         assert main(["inspect", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "patches must be within 4 rows and 4 columns, got 4,0" in told(folder, picture, "--patches", "4,0")
+    assert "patches must be rows from 0 to 3 and columns from 0 to 3, got 4,0" in told(
+        folder, picture, "--patches", "4,0"
+    )
     assert "--patches must be rows and columns such as 3,4, got 3" in told(folder, picture, "--patches", "3")
     assert "No such file" in told(folder, tmp_path / "none.jpg")
     (tmp_path / "text.jpg").write_text("words", encoding="utf-8")

@@ -23,7 +23,7 @@ from .report import best_rates, collect, draw, further_jobs, table, write_json
 from .speed import SPEED, measure_models, measure_resolutions, read
 
 DATA = "data"
-BESIDES = 0.004  # seconds of a step by estimate: augmentation, optimiser, averaging
+BESIDES = 0.002  # seconds of a step by estimate: augmentation, optimiser, averaging
 STAGES = ("speed", "tuning", "runs", "resolutions")
 
 
