@@ -114,7 +114,7 @@ class Trainee:
             if not self.fuse:
                 raise
             self.fuse = False
-            self.say(f"nothing is fused, cauchy and vandermonde are slower: {str(error).splitlines()[:1]}")
+            self.say(f"nothing is fused, cauchy and vandermonde are slower: {_line(error)}")
             self._compute()
 
     def _capture(self) -> None:
@@ -124,7 +124,7 @@ class Trainee:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation that waits for the device, or reads from the host
-            self.say(f"no CUDA graph, training is slower: {str(error).splitlines()[0]}")
+            self.say(f"no CUDA graph, training is slower: {_line(error)}")
             generator.graphsafe_set_state(torch.Generator(self.device))  # the old state believes itself captured
 
     def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
@@ -213,3 +213,8 @@ class Trainee:
         else:
             for ours, new in zip(vars(self._batch).values(), vars(batch).values(), strict=True):
                 ours.copy_(new.pin_memory(), non_blocking=True)
+
+
+def _line(error: Exception) -> str:
+    """The first of what it says."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -61,6 +61,7 @@ class Progress:
         result = f"diverged {found['diverged']}" if "diverged" in found else (
             f"held-out loss {found['loss']:.3f}, masked accuracy {found['accuracy']:.1%}, "
             f"{1e3 * found['seconds_a_step']:.1f} ms a step"
+            + (" without a graph" if torch.cuda.is_available() and not found["graph"] else "")
         )  # fmt: skip
         self.say(f"{key}: {result} ({self.done} of {self.runs})")
 
