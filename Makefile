@@ -27,8 +27,8 @@ demo: $(STAMP)  ## train a small Hydra encoder on the CPU (about 3 minutes), the
 	$(BIN)/hydra-ssm fill-mask $(RUN) 'This method [MASK] called when the object is created.'
 	$(BIN)/hydra-ssm embed $(RUN) README.md
 
-test: $(STAMP)  ## run the tests in two processes; ARGS='-k name' goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+test: $(STAMP)  ## run the tests in two processes, a file in one of them; ARGS='-k name' goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .

@@ -150,19 +150,18 @@ print(elapsed, *sorted(heavy))
 
 
 def test_importing_is_quick_and_loads_no_optional_package() -> None:
-    runs = [
-        subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    seconds, loaded = zip(*[(float(line[0]), line[1:]) for line in (run.stdout.split() for run in runs)], strict=True)
-    assert not any(loaded), f"import hydra_ssm imports {loaded[0]}"
-    assert min(seconds) <= 0.3, f"import hydra_ssm takes {seconds} s over import torch"
+    taken: list[float] = []
+    while not taken or (min(taken) > 0.3 and len(taken) < 3):  # another process may be what took the time
+        run = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, *loaded = run.stdout.split()
+        assert not loaded, f"import hydra_ssm imports {loaded}"
+        taken.append(float(seconds))
+    assert min(taken) <= 0.3, f"import hydra_ssm takes {taken} s over import torch"
 
 
-@pytest.mark.parametrize("module", ["text", "train.trainer"])
-def test_importing_prints_nothing_whatever_is_installed(module: str) -> None:
+def test_importing_prints_nothing_whatever_is_installed() -> None:
     """torchao, which transformers imports, reports the libraries that it cannot load."""
-    code = f"import hydra_ssm.{module}, logging; logging.warning('still logged')"
+    code = "import hydra_ssm.text, hydra_ssm.train.trainer, logging; logging.warning('still logged')"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "WARNING:root:still logged\n")
 

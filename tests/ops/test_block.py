@@ -328,9 +328,10 @@ def test_many_heads_have_the_diagonal_too() -> None:
 def test_sums_over_parts_of_the_batch_are_not_rounded_in_between(monkeypatch) -> None:
     import hydra_ssm.ops.triton.block as block
 
-    monkeypatch.setattr(block, "RECOMPUTED", 8)
+    rows, length = (32, 7) if DEVICE == "cuda" else (12, 3)  # the interpreter needs a second for each row
+    monkeypatch.setattr(block, "RECOMPUTED", length)
     whole = layer(conv_bias=True).half()
-    u = torch.randn(32, 7, 16, device=DEVICE).half()
+    u = torch.randn(rows, length, 16, device=DEVICE).half()
     exact = trained(like(whole, "chunked").double(), u)
     parts, at_once = trained(like(whole, "triton", recompute=True), u), trained(whole, u)
     for name in ("conv1d.weight", "norm.weight", "fc_D.weight"):

@@ -123,7 +123,7 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
 @pytest.mark.parametrize(("length", "width"), [(1, 7), (16, 7), (17, 7), (37, 7), (31, 3)])
 def test_dx_may_be_the_memory_of_x(length, width, monkeypatch) -> None:
     """Stretches follow each other in any order: what lies beside them must not be the new values, nor memory beyond."""
-    leaves = case(length=length, channels=20, width=width)
+    leaves = case(length=length, channels=11, width=width)
     documents, dy = padded(length) if length > 5 else None, torch.randn_like(leaves[0])
     how = replace(small(), unroll=8)
     once = kernels(leaves, documents, True, dy, torch.empty_like(leaves[0]), how)

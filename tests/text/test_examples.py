@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from sentence_transformers import SentenceTransformer
 from small_models import tiny
 from test_inference import save
 
@@ -28,6 +27,8 @@ def write_pairs(file: Path, count: int) -> None:
 
 
 def test_sentence_transformers_learns_what_is_alike_and_saves_what_embed_computes(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer  # takes seconds, in each process that collects tests
+
     folder = save(HydraForMaskedLM(tiny(vocab_size=16, num_hidden_layers=1)), tmp_path / "model")
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()

@@ -69,7 +69,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     while not condition():
         assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.002)
+        time.sleep(0.01)  # looking takes time from who is looked at
 
 
 def steps_saved(out: Path) -> int:
