@@ -19,10 +19,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
+from timm.task import ClassificationTask
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
-from hydra_ssm.train.image import sources, training
+from hydra_ssm.train.image import progress, sources, training
+from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
 from hydra_ssm.train.image.progress import Shown
@@ -410,6 +413,35 @@ def test_two_processes_take_the_steps_of_one(flowers, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     courses = [json.loads((tmp_path / name / "metrics.json").read_text())["course"] for name in ("one", "two")]
     assert courses[0][-1]["top1_raw"] == courses[1][-1]["top1_raw"]
+
+
+def test_pictures_and_convolutions_are_channels_last(flowers, tmp_path, monkeypatch):
+    seen: list[tuple[bool, bool]] = []
+    forward = ClassificationTask.forward
+
+    def watched(self, x, target):
+        weight = self.trainable_module.patch_embed.proj.weight
+        seen.append(tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)))
+        return forward(self, x, target)
+
+    monkeypatch.setattr(ClassificationTask, "forward", watched)
+    train(ImageRecipe.of(data=str(flowers), **{**TINY, "epochs": 1}), tmp_path / "out")
+    assert set(seen) == {(True, True)}
+
+
+def test_a_bar_is_drawn_where_there_is_a_terminal(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda quiet: Console(file=screen, force_terminal=True, color_system=None, width=100)
+    )
+    with Shown(40, 0, quiet=False) as shown:
+        for done in (1, 20):
+            shown.step(done)
+            shown.numbers(done, 1.234, 1e-3, 5678.0)
+        shown.evaluated(1, 2, Score(0.25, 0.5, 1.0, 8), Score(0.5, 0.75, 1.0, 8))
+    drawn = screen.getvalue()
+    assert "20/40 loss 1.234  rate 0.001  5,678 pictures/s" in drawn
+    assert "epoch 1/2: held-out top-1 50.0% averaged, 25.0% raw; top-5 75.0%" in drawn
 
 
 def test_a_model_of_two_sides_gets_pictures_of_them():

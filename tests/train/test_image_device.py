@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from hydra_ssm.mixer import MatrixMixer
 from hydra_ssm.ops import backend
-from hydra_ssm.train.image.comparison import ROWS, Plan, loop, prepare
+from hydra_ssm.train.image.comparison import ROWS, Plan, compare, loop, prepare
 from hydra_ssm.train.image.comparison.augment import Random, Strength, augmented
 from hydra_ssm.train.image.comparison.data import Data
 from hydra_ssm.train.image.comparison.models import build
@@ -115,6 +115,37 @@ def test_such_a_step_would_be_seen(name, device):
         assert host.found + devices.waits + devices.host
         return
     assert name != "from the host"  # the others have raised
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ROWS)
+def test_on_a_gpu_a_step_is_a_graph_and_its_gradients_are_those_without(row):
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    model = build(row, Plan.of("usual", {"drop_path": 0.0}), 10, 32).to(device)
+    batches = [(torch.randn(16, 3, 32, 32, device=device), torch.randn(16, 10, device=device).softmax(1)) for _ in "ab"]
+    criterion = SoftTargetCrossEntropy()
+    replayed = loop.Replayed(model, criterion, row)
+    drawn = torch.cuda.get_rng_state()
+    replayed(*batches[0])
+    assert replayed.graph is not None
+    assert torch.equal(drawn, torch.cuda.get_rng_state())
+    loss = replayed(*batches[1])
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    expected = loop.forward(model, batches[1][0], criterion, batches[1][1])
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-3, atol=1e-3)
+    for own, parameter in zip(found, model.parameters(), strict=True):
+        assert (own - parameter.grad).norm() <= 1e-2 * parameter.grad.norm() + 1e-6
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_models_of_digits_are_compared(tmp_path):
+    report = compare(None, tmp_path / "out", size="small", seeds=[0], stages=["speed", "tuning", "runs"])
+    assert len(report["runs"]) == len(ROWS)
+    assert all(run["graph"] and run["top1"] > 12 for run in report["runs"])
+    assert all(row["speed"]["graph"] for row in report["rows"])
 
 
 def test_augmentation_waits_for_nothing():
