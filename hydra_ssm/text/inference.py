@@ -159,8 +159,11 @@ def paragraphs(text: str) -> list[str]:
 
 
 def nearest_pairs(vectors: Tensor, count: int) -> list[tuple[int, int, float]]:
-    """(i, j, similarity) of the most alike rows of (n, D): the cosine after the mean of all is taken off."""
-    unit = torch.nn.functional.normalize(vectors - vectors.mean(0), dim=1)
+    """(i, j, similarity) of the most alike rows of (n, D): the cosine after the mean of all is taken off.
+
+    Of two rows the plain cosine: without their mean they are opposites, whatever they are.
+    """
+    unit = torch.nn.functional.normalize(vectors - vectors.mean(0) if len(vectors) > 2 else vectors, dim=1)
     size, found = max(1, PAIRS // max(len(unit), 1)), []
     for start in range(0, len(unit), size):  # the rows from `start` with all after each of them
         similarity = unit[start : start + size] @ unit[start:].T

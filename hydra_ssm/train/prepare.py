@@ -71,6 +71,11 @@ def _from_shards(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     manifest = verify(shards)
     if manifest["settings"]["length"] != recipe.length:
         raise UserError(f"length must be {manifest['settings']['length']}, that of the shards, got {recipe.length}")
+    if not recipe.held_out and not manifest["splits"]["held_out"]["tokens"]:
+        raise UserError(
+            f"{shards} must hold out text to evaluate on, it holds out none: prepare it again with a larger --held-out "
+            "(or --documents paragraph), or give --held-out here"
+        )
     tokenizer = load_tokenizer(shards / "tokenizer")
     _check_rows(ShardRows(shards, "train"), recipe, tokenizer, held_out=False)
     if recipe.held_out:

@@ -74,6 +74,8 @@ def test_the_most_alike_of_all_pairs_are_found_without_holding_all(size: int, mo
     assert [s for _, _, s in found] == pytest.approx([s for s, _, _ in expected[:9]])
     assert len(nearest_pairs(vectors[:3], 9)) == 3
     assert nearest_pairs(vectors[:1], 9) == []
+    two = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert nearest_pairs(two, 9) == [(0, 1, pytest.approx(0.6))]
 
 
 def test_comparing_many_texts_takes_little_memory() -> None:

@@ -573,8 +573,9 @@ def test_shards_are_checked_before_they_are_trained_on(here: Path, capsys: pytes
 
 def test_held_out_text_may_be_given_for_shards_without_any(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PREPARE, "--held-out", "0", "--out", "shards"]) == 0
+    assert "note: no document is held out: prepare again with a larger --held-out" in capsys.readouterr().out
     assert main(["pretrain", "shards", *SHORT, "--out", "run"]) == 2
-    assert "the text must be long enough that a part can be held out" in capsys.readouterr().err
+    assert "shards must hold out text to evaluate on, it holds out none" in capsys.readouterr().err
     Path("valid.txt").write_text(sentences(40, seed=99), encoding="utf-8")
     assert main(["pretrain", "shards", *SHORT, "--held-out", "valid.txt", "--out", "run"]) == 0
     metrics = json.loads(Path("run", "metrics.json").read_text(encoding="utf-8"))

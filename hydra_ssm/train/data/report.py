@@ -69,4 +69,9 @@ def summary(manifest: dict[str, Any], out: Path) -> str:
     ]
     lines += [f"  {place}" for place in manifest["examples"].get("damaged", [])[:DAMAGED]]
     lines += [f"note: {number:,} {what}" for what, number in changed.items() if number]
+    if not manifest["splits"]["held_out"]["documents"]:
+        lines.append(
+            "note: no document is held out: prepare again with a larger --held-out (or --documents paragraph), or give "
+            "pretrain its own --held-out"
+        )
     return "\n".join(lines)
