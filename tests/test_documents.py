@@ -1,5 +1,7 @@
 """Padding and packing are exact: real tokens come out, and get gradients, as if each document were run alone."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -231,3 +233,32 @@ def test_offsets_that_do_not_fit_are_named(offsets, message):
     with pytest.raises((ValueError, TypeError)) as raised:
         mixer("quasiseparable")(torch.randn(1, 5, 16, dtype=torch.float64), cu_seqlens=torch.tensor(offsets))
     assert message in str(raised.value)
+
+
+def test_how_long_packed_documents_are_is_known_without_another_look_at_the_device():
+    offsets = torch.tensor([0, 3, 3, 10, 12])
+    mask = torch.arange(12)[None] != 5
+    for place in (layout((1, 12), None, offsets), layout((1, 12), mask, offsets)):
+        assert place.documents.at_most == 8  # of 7: few numbers, so that programs compiled for one serve many batches
+        assert place.documents.to("cpu").at_most == 8 >= max(place.documents.lengths)
+    assert layout((1, 12), mask, None).documents.at_most is None
+
+
+def test_packed_attention_asks_for_little_more_than_the_longest_document(monkeypatch):
+    asked = []
+
+    def varlen(q, k, v, offsets, same, longest, _, scale):
+        asked.append((longest, offsets.tolist()))
+        parts = [slice(a, b) for a, b in pairwise(offsets.tolist())]
+        scores = [torch.einsum("ihd,jhd->hij", q[own], k[own]) * scale for own in parts]
+        return torch.cat(
+            [torch.einsum("hij,jhp->ihp", s.softmax(-1), v[own]) for s, own in zip(scores, parts, strict=True)]
+        )
+
+    monkeypatch.setattr("hydra_ssm.matrices.attention._has_varlen", lambda *_: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    mixer, u = MatrixMixer(16, "attention", headdim=8, d_state=4), torch.randn(1, 12, 16)
+    packed = mixer(u, cu_seqlens=torch.tensor([0, 3, 10, 12], dtype=torch.int32))
+    assert asked == [(8, [0, 3, 10, 12])]
+    alone = torch.cat([mixer(u[:, a:b]) for a, b in pairwise((0, 3, 10, 12))], dim=1)
+    torch.testing.assert_close(packed, alone)

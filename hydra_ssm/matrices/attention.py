@@ -62,7 +62,7 @@ class Attention(StructuredMatrix):
         width = -(-max(x.shape[3], self.q.shape[3]) // 8) * 8
         # What it leaves unwritten, beyond the last document, is neither read nor given a gradient.
         q, k, v = (_widened(documents.zero_padding(t), width)[0] for t in (self.q, self.k, x))
-        offsets, longest = offsets.int(), x.shape[1]
+        offsets, longest = offsets.int(), documents.at_most or x.shape[1]
         y = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=self.q.shape[3] ** -0.5)
         assert isinstance(y, Tensor)
         return y[None, ..., : x.shape[3]]

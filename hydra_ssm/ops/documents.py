@@ -26,6 +26,7 @@ class Documents:
 
     ids: Tensor  # (B, L) int64, -1 where there is no token
     cu_seqlens: Tensor | None = None  # (documents + 1,) offsets, where one row holds many documents
+    at_most: int | None = None  # tokens of a packed document, where the host knows; the same for many batches
 
     @property
     def packed(self) -> bool:
@@ -53,7 +54,7 @@ class Documents:
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Documents:
         """The same on another device: where a model's layers are spread over several, whoever spreads them asks."""
         offsets = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return Documents(self.ids.to(device, non_blocking=non_blocking), offsets)
+        return Documents(self.ids.to(device, non_blocking=non_blocking), offsets, self.at_most)
 
     def zero_padding(self, t: Tensor) -> Tensor:
         """`t` (B, L, ...) with zeros, which no gradient passes, where there is no token."""
@@ -101,8 +102,7 @@ def layout(shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | Non
     B, L = shape
     if mask is not None:
         _check_mask(mask, shape)
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, shape)
+    at_most = None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, shape)
     if mask is not None:
         row, place = torch.arange(B, device=mask.device)[:, None] * L, torch.arange(L, device=mask.device)
         upto, many = mask.cumsum(1), mask.sum(1, keepdim=True)
@@ -113,9 +113,9 @@ def layout(shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | Non
             ids = torch.where(place < many, 0, -1)
             return Layout(Documents(ids), source, target, mask)
         before = torch.cat([mask.new_zeros(1, dtype=torch.long), mask[0].cumsum(0)])
-        return Layout(_packed(before[cu_seqlens.long()], L), source, target, mask)
+        return Layout(_packed(before[cu_seqlens.long()], L, at_most), source, target, mask)
     if cu_seqlens is not None:
-        return Layout(_packed(cu_seqlens.long(), L), None, None, None)
+        return Layout(_packed(cu_seqlens.long(), L, at_most), None, None, None)
     return None
 
 
@@ -172,11 +172,11 @@ def _bucket(documents: Documents, start: Tensor, length: Tensor) -> Layout:
     return Layout(Documents(torch.where(inside, 0, -1)), source, target.clamp(min=0), target >= 0)
 
 
-def _packed(cu_seqlens: Tensor, L: int) -> Documents:
+def _packed(cu_seqlens: Tensor, L: int, at_most: int | None) -> Documents:
     place = torch.arange(L, device=cu_seqlens.device)
     ids = torch.searchsorted(cu_seqlens, place, right=True) - 1
     ids = torch.where(place < cu_seqlens[-1], ids, -1)
-    return Documents(rearrange(ids, "l -> 1 l"), cu_seqlens)
+    return Documents(rearrange(ids, "l -> 1 l"), cu_seqlens, at_most)
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
@@ -188,7 +188,8 @@ def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"mask must be (batch, length) = {tuple(shape)}, got {tuple(mask.shape)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
+def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> int | None:
+    """A power of two (or L) that no document is longer than, where the values are known."""
     B, L = shape
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor of offsets, got {type(cu_seqlens).__name__}")
@@ -199,9 +200,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must be (documents + 1,) offsets from 0 to {L}, got {tuple(cu_seqlens.shape)}")
     if torch.compiler.is_compiling():
-        return  # the values are not known while tracing
+        return None  # while tracing they are not
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != L:
         raise ValueError(f"cu_seqlens must run from 0 to the row's length {L}, got {offsets[0]} to {offsets[-1]}")
     if any(later < earlier for earlier, later in pairwise(offsets)):
         raise ValueError("cu_seqlens must not decrease")
+    longest = max(later - earlier for earlier, later in pairwise(offsets))
+    return min(L, 1 << (longest - 1).bit_length())
