@@ -170,10 +170,12 @@ def test_folders_shards_and_data_sets_hold_the_same_pictures(flowers, tmp_path):
         rows = [{"image": {"bytes": p.read_bytes(), "path": None}, "label": p.parent.name} for p in paths]
         splits[split] = datasets.Dataset.from_list(rows, features=features)
     splits.save_to_disk(tmp_path / "saved")
+    for split, rows in splits.items():
+        rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
     expected = [seen(part) for part in open_parts(str(flowers))[:2]]
     shutil.copytree(flowers, tmp_path / "stray")
     shutil.copy(min((tmp_path / "folders").iterdir()), tmp_path / "stray" / "train" / "left-there.tar")
-    for name in ("cls", "folders", "saved", "stray"):
+    for name in ("cls", "folders", "saved", "parquet", "stray"):
         train_part, held_out, classes = open_parts(str(tmp_path / name))
         assert [seen(train_part), seen(held_out)] == expected, name
         assert classes == (["0", "1", "2"] if name == "cls" else sorted(COLOURS)), name

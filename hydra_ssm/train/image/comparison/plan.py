@@ -23,8 +23,9 @@ FEWEST = 5  # epochs
 SIZES: dict[str, dict[str, Any]] = {
     "usual": {},
     "small": {
-        "width": 64, "vit_depth": 2, "heads": 2, "headdim": 16, "d_state": 16, "patch": 8, "epochs": 2,
-        "tuning_epochs": 1, "batch_size": 64, "learning_rates": (1e-3, 3e-3), "further_rates": 0, "ema_decay": 0.9,
+        "width": 64, "vit_depth": 2, "heads": 2, "headdim": 16, "d_state": 16, "patch": 8, "epochs": 8,
+        "tuning_epochs": 2, "batch_size": 64, "learning_rates": (1e-3, 3e-3, 1e-2), "further_rates": 0,
+        "ema_decay": 0.9, "evaluate_every": 2, "strength": {"randaugment": False, "mix": 0.0},
     },
 }  # fmt: skip
 
