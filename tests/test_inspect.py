@@ -124,6 +124,26 @@ def test_a_class_without_a_matrix_says_why():
     assert not found[MATRICES["concat"]].missing
 
 
+@torch.no_grad()
+def test_a_class_without_a_matrix_has_the_factors_that_it_multiplies():
+    mixer, u, mask = MatrixMixer(16, "mult", **SIZES).double(), tokens(2, L), torch.rand(2, L) > 0.3
+    (found,) = mixing_matrices(mixer, u, mask)
+    assert [factor.label for factor in found.factors] == ["0 →", "0 ←"]
+    for row, whole in enumerate(zip(*(factor.matrices for factor in found.factors), strict=True)):
+        right, left = whole
+        own = u[row, mask[row]][None]
+        z, inputs = mixer._inputs(mixer.in_proj(own), None)
+        y = torch.einsum("hij,bjhp->bihp", right, inputs.x) * torch.einsum("hij,bjhp->bihp", left, inputs.x)
+        expected = mixer.out_proj(mixer.norm(y.flatten(2), z, None))
+        torch.testing.assert_close(expected, mixer(own), rtol=0, atol=1e-12)
+        assert (right.triu(1) == 0).all()
+        assert (left.tril(-1) == 0).all()
+    (some,) = mixing_matrices(mixer, u, mask, heads=[1, 3])
+    assert some.factors[1].heads == (1, 3)
+    assert torch.equal(some.factors[1].matrices[0], found.factors[1].matrices[0][[1, 3]])
+    assert not mixing_matrices(MatrixMixer(16, "add", **SIZES), tokens(1, L).float())[0].factors
+
+
 def test_layers_and_heads_can_be_chosen():
     encoder, u = Encoder(16, ["hydra", "attention", "hydra"], **SIZES).double(), tokens(1, L)
     whole = mixing_matrices(encoder, u)

@@ -207,6 +207,11 @@ def test_a_stack_without_any_matrix_is_no_crash(here, capsys):
     assert main(["inspect", "mult", "the cat"]) == 0
     said = capsys.readouterr().out
     assert said.count("no matrix: mult is quadratic") == 2
+    assert "the factors are drawn, whose products with x are multiplied" in said
+    page = Path("mult", "inspect", "matrices.html").read_text(encoding="utf-8")
+    layers = json.loads(element(page, "data"))["layers"]
+    assert [layer["layer"] for layer in layers] == ["0 →", "0 ←", "1 →", "1 ←"]
+    assert all(len(layer["heads"]) == 4 and not layer["missing"] for layer in layers)
     assert "rank below, above" not in said  # there is none to explain
 
 
@@ -373,10 +378,11 @@ needs_browser = pytest.mark.skipif(find_browser() is None, reason="needs Chromiu
 
 @pytest.fixture(scope="module")
 def opened(model, written, tmp_path_factory):
-    """The page of the sentence in a browser; its tokens and mixings."""
+    """The page of the sentence in a browser; its tokens and what of the mixings is drawn."""
     with browser(tmp_path_factory.mktemp("profile")) as tab:
         tab.file = written[0] / "matrices.html"
-        yield tab, *seen(model, SENTENCE)
+        tokens, found = seen(model, SENTENCE)
+        yield tab, tokens, report.with_factors(found)
 
 
 @pytest.fixture
@@ -405,7 +411,7 @@ def weight_in(text):
 def test_the_browser_holds_the_weights_of_every_layer_and_head(opened, tab):
     _, _, found = opened
     for index, mixing in enumerate(found):
-        heads = mixing.matrices[0] if mixing.matrices else ()
+        heads = mixing.matrices[0]
         assert tab.run(f"layers[{index}].heads.length") == len(heads)
         for head, M in enumerate(heads):
             held = torch.tensor(tab.run(f"Array.from(weights(layers[{index}].heads[{head}]))")).reshape(M.shape)
@@ -445,8 +451,7 @@ def test_layer_and_head_are_chosen_from_lists_or_from_the_overview(opened, tab):
         float(found[layer].matrices[0][3][1, 5]), rel=2e-3, abs=1e-4
     )
     options = tab.run("[...document.getElementById('layer').options].map(o => [o.text, o.disabled])")
-    assert options[14] == ["14 (no matrix)", True]
-    assert options[15] == ["15", False]
+    assert options[13:17] == [["13", False], ["14 →", False], ["14 ←", False], ["15", False]]
     left, top, names, size = tab.run(
         "(b => [b.left, b.top, thumb.names, thumb.size])(document.getElementById('overview').getBoundingClientRect())"
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..matrices import StructuredMatrix
 from ..mixer import MatrixMixer
 from ..ops import Documents, layout
 
@@ -24,6 +25,13 @@ class Mixing:
     heads: tuple[int, ...]  # whose matrices are here
     matrices: tuple[Tensor, ...]  # (heads, n, n) for each document of n tokens, without padding
     missing: str = ""  # why there is no matrix, where the class has none
+    factors: tuple[Mixing, ...] = ()  # then these, whose products with x the class multiplies
+    way: str = ""  # how a factor reads: → from left to right, or ←
+
+    @property
+    def label(self) -> str:
+        """Number of the layer, and of a factor its way."""
+        return f"{self.layer} {self.way}".rstrip()
 
 
 def mixing_matrices(
@@ -90,16 +98,25 @@ def _record(
     assert isinstance(mixer, MatrixMixer)
     given = dict(zip(("u", "mask", "cu_seqlens"), inputs, strict=False)) | options
     own = tuple(h for h in range(mixer.settings.nheads) if heads is None or h in heads)
+    kept = partial(_kept, Mixing(layer, name, mixer, own, ()))
     try:
-        whole = _matrices(mixer, **given)
+        found.append(kept(_matrices(mixer, lambda matrix: matrix, **given)))
     except TypeError as error:  # what dense() raises where a class has no matrix
-        found.append(Mixing(layer, name, mixer, own, (), str(error)))
-        return
-    found.append(Mixing(layer, name, mixer, own, tuple(M[list(own)] for M in whole)))
+        parts = (kept(_matrices(mixer, partial(_factor, way), **given), way) for way in mixer.matrix_class.ways)
+        found.append(Mixing(layer, name, mixer, own, (), str(error), tuple(parts)))
+
+
+def _kept(mixing: Mixing, whole: tuple[Tensor, ...], way: str = "") -> Mixing:
+    return replace(mixing, matrices=tuple(M[list(mixing.heads)] for M in whole), way=way)
+
+
+def _factor(way: str, matrix: StructuredMatrix) -> StructuredMatrix:
+    return matrix.factor(way)
 
 
 def _matrices(
     mixer: MatrixMixer,
+    look: Callable[[StructuredMatrix], StructuredMatrix],
     u: Tensor,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -110,10 +127,10 @@ def _matrices(
     if place is not None:
         u, documents = place.take(u), place.documents
     if documents is None:
-        return mixer.matrix(u).dense().unbind()
+        return look(mixer.matrix(u)).dense().unbind()
     if documents.cu_seqlens is None:
-        M = mixer.matrix(u, documents.valid).dense()
+        M = look(mixer.matrix(u, documents.valid)).dense()
         return tuple(own[:, :n, :n] for own, n in zip(M, documents.lengths, strict=True))
     offsets = documents.cu_seqlens.tolist()
-    M = mixer.matrix(u[:, : offsets[-1]], cu_seqlens=documents.cu_seqlens).dense()[0]
+    M = look(mixer.matrix(u[:, : offsets[-1]], cu_seqlens=documents.cu_seqlens)).dense()[0]
     return tuple(M[:, start:end, start:end] for start, end in pairwise(offsets))

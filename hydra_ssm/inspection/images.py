@@ -16,7 +16,7 @@ from .._extras import require
 from .capture import Mixing, mixing_matrices
 from .page import fits, page
 from .picture import DPI, draw, save
-from .report import HTML, MOST, PNG, check_finite, check_out, overview, part, table, that_fit
+from .report import HTML, MOST, PNG, check_finite, check_out, overview, part, table, that_fit, with_factors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,7 +102,7 @@ def inspect_picture(
     with torch.no_grad():
         seen = mixing_matrices(loaded.model, pixels, layers=layers, heads=heads)
         check_finite(seen, folder)
-        found = over_patches(loaded.model, pixels, seen)
+        found = over_patches(loaded.model, pixels, with_factors(seen))
         probabilities = loaded.model(pixels)[0].softmax(-1)
     prefix = int(getattr(loaded.model, "num_prefix_tokens", 0))
     tokens = [f"token {i}" for i in range(prefix)] + [f"{r},{c}" for r in range(grid[0]) for c in range(grid[1])]
@@ -171,7 +171,7 @@ def draw_maps(
                 row, place = patches[column - 2]
                 axes.plot([place, place + 1, place + 1, place, place], [row, row, row + 1, row + 1, row], "c-", lw=1.2)
             if column == 0:
-                axes.text(0.02, 0.98, f"layer {mixing.layer}", transform=axes.transAxes, va="top", color="white",
+                axes.text(0.02, 0.98, f"layer {mixing.label}", transform=axes.transAxes, va="top", color="white",
                           bbox={"facecolor": "black", "alpha": 0.6, "pad": 1, "lw": 0}, **text)  # fmt: skip
     return figure
 

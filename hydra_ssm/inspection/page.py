@@ -33,7 +33,7 @@ def page(mixings: Sequence[Mixing], tokens: Sequence[str], *, title: str = "", s
             heads.append({"head": head, "scale": scale, "limit": colour_limit(M.detach()), "start": len(weights) // 2})
             weights += packed
         kind = mixing.mixer.matrix_class.__name__
-        layers.append({"layer": mixing.layer, "kind": kind, "heads": heads, "missing": mixing.missing})
+        layers.append({"layer": mixing.label, "kind": kind, "heads": heads, "missing": mixing.missing})
     data = {"tokens": list(tokens), "layers": layers, "summary": summary}
     return _filled(
         TEMPLATE.read_text(encoding="utf-8"),

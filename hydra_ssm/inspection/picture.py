@@ -71,7 +71,7 @@ def draw(mixings: Sequence[Mixing], tokens: Sequence[str]) -> Figure:
             M = mixing.matrices[0][column].detach().float().cpu()
             limit = colour_limit(M)
             axes.imshow(M.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="auto")
-            name = f"layer {mixing.layer}, head {head}" if column == 0 or columns < 5 else f"head {head}"
+            name = f"layer {mixing.label}, head {head}" if column == 0 or columns < 5 else f"head {head}"
             axes.set_title(f"{name}   ±{limit:.2g}", pad=3, **title)
     return figure
 

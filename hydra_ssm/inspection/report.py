@@ -38,18 +38,24 @@ def inspect(
     with torch.no_grad():
         found = mixing_matrices(model.model.float(), layers=layers, heads=heads, **inputs)
     check_finite(found, folder)
-    held = that_fit(found, fits(len(tokens)), heads is not None)
-    shown = overview(found, layers is None, heads is None)
+    drawn = with_factors(found)
+    held = that_fit(drawn, fits(len(tokens)), heads is not None)
+    shown = overview(drawn, layers is None, heads is None)
     summary = f"{_plural(len(tokens), 'token')}, {_plural(len(found), 'layer')}\n\n{table(found)}"
     out.mkdir(parents=True, exist_ok=True)
     save(draw(shown, tokens), out / PNG)
     (out / HTML).write_text(page(held, tokens, title=text, summary=summary), encoding="utf-8")
-    return f"{summary}\n\nwrote {out / PNG}{part(shown, found)}\nwrote {out / HTML}{part(held, found)}"
+    return f"{summary}\n\nwrote {out / PNG}{part(shown, drawn)}\nwrote {out / HTML}{part(held, drawn)}"
+
+
+def with_factors(found: Sequence[Mixing]) -> list[Mixing]:
+    """What there is to draw: of a class without a matrix its factors."""
+    return [one for mixing in found for one in mixing.factors or (mixing,)]
 
 
 def check_finite(found: Sequence[Mixing], folder: Path) -> None:
     """Raise ValueError where a matrix is not."""
-    broken = [mixing.layer for mixing in found if not all(M.isfinite().all() for M in mixing.matrices)]
+    broken = [one.layer for one in with_factors(found) if not all(M.isfinite().all() for M in one.matrices)]
     if broken:
         raise ValueError(f"the matrices of {folder} must be finite, those of layer {broken[0]} are not")
 
@@ -162,7 +168,10 @@ def table(mixings: Sequence[Mixing]) -> str:
     notes = [f"rank below, above: the largest of a block strictly below, above the diagonal; of {n} tokens {n // 2}."]
     if cuts is not None:
         notes.append(f"Looked for at {len(cuts)} of {n - 1} places, in at most {_plural(most, 'head')} a layer.")
-    return "\n".join([*lines, "", *notes] if measured else lines)
+    notes = notes if measured else []
+    if any(mixing.factors for mixing in mixings):
+        notes.append("Of mixers without a matrix the factors are drawn, whose products with x are multiplied.")
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def _affordable(n: int, count: int, layers: int) -> tuple[int, list[int] | None]:

@@ -91,6 +91,7 @@ class StructuredMatrix(ABC):
     fixed: ClassVar[bool] = True  # has a form whose features are learned by position, up to a maximum length
     packs: ClassVar[bool] = False  # takes many documents in one row; other classes get a row for each document
     skip: ClassVar[bool] = True  # the block adds the identity, as the class has no diagonal of its own
+    ways: ClassVar[tuple[str, ...]] = ()  # how factors read x, where their products are multiplied and no matrix is
 
     @classmethod
     def features(cls, settings: Settings) -> tuple[Feature, ...]:
@@ -128,6 +129,10 @@ class StructuredMatrix(ABC):
         valid = self.documents.valid
         return M.masked_fill(~(valid[:, None, :, None] & valid[:, None, None, :]), 0.0)
 
+    def factor(self, way: str) -> StructuredMatrix:
+        """One of the matrices whose products with x are multiplied, of a class that has none of its own."""
+        raise TypeError(f"{type(self).__name__} is a matrix, and has no factor {way}")
+
     def __matmul__(self, x: Tensor) -> Tensor:
         """y_i = sum_j M_ij x_j for x (B, L, H, P), at the cost of the class."""
         if self.documents is None:
@@ -149,6 +154,10 @@ class Placed(StructuredMatrix):
     def entries(self) -> Tensor:
         """The inner entries where both tokens came from one row of an inner grid, zero elsewhere."""
         return reduce(torch.add, map(_place, self.matrices, self.layouts))
+
+    def factor(self, way: str) -> StructuredMatrix:
+        """That of the inner matrices, seen from the outer grid."""
+        return Placed(None, tuple(matrix.factor(way) for matrix in self.matrices), self.layouts)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Take, multiply, restore."""

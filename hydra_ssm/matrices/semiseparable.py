@@ -148,8 +148,14 @@ class Concat(Triangles):
 class Mult(Triangles):
     """Two scans multiplied, elementwise: quadratic in x, so no matrix on its own. O(L)."""
 
+    ways = ("→", "←")
+
     def entries(self) -> Tensor:
         raise TypeError("mult is quadratic in x and has no matrix: look at its triangles, one by one")
+
+    def factor(self, way: str) -> StructuredMatrix:
+        """One of the triangles as the matrix that it is."""
+        return Add(self.documents, (self.triangles[self.ways.index(way)],), None, self.impl)
 
     def multiply(self, x: Tensor) -> Tensor:
         return reduce(torch.mul, [semiseparable(x, [t], self.documents, impl=self.impl) for t in self.triangles])
