@@ -20,10 +20,12 @@ from PIL import Image
 
 pytest.importorskip("timm")
 
+from hydra_ssm.bench.report import Row
 from hydra_ssm.cli import main
 from hydra_ssm.train.checkpoints import write_manifest
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.image.comparison import ROWS, Plan, compare, prepare
+from hydra_ssm.train.image.comparison import command as command_module
 from hydra_ssm.train.image.comparison import jobs as jobs_module
 from hydra_ssm.train.image.comparison import loop as loop_module
 from hydra_ssm.train.image.comparison import speed as speed_module
@@ -214,15 +216,17 @@ def test_epochs_are_fewer_where_time_is_short_for_all_rows_alike():
     assert plan.within(0, seconds).epochs == 5
 
 
-def test_a_budget_lowers_the_epochs_before_the_first_run_and_the_same_call_goes_on(digits, tmp_path):
+def test_a_budget_lowers_the_epochs_before_the_first_run_and_the_same_call_goes_on(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_module, "measure_models", lambda *given: None)
+    monkeypatch.setattr(command_module, "seconds_of", lambda folder, facts, seeds, plan: seeds * plan.epochs)
     told: list[str] = []
-    given = {"rows": ["vit"], "seeds": [0], "stages": ["speed", "runs"], "say": told.append, "budget": 0.01}
+    given = {"rows": ["vit"], "seeds": [0, 1], "stages": ["speed"], "say": told.append}
     for _ in range(2):
-        report = compare(digits, tmp_path / "out", **given, **TINY | {"epochs": 7})
-        assert report["plan"]["epochs"] == report["runs"][0]["epochs"] == 5
-    assert sum("5 epochs, " in line for line in told) == 2
-    given |= {"seeds": [0, 1], "budget": 1e9}  # too late: the first seed has been trained
-    assert {r["epochs"] for r in compare(digits, tmp_path / "out", **given)["runs"]} == {5}
+        report = compare(digits, tmp_path, **given, **TINY | {"epochs": 9}, budget=14)
+        assert report["plan"]["epochs"] == 7
+    assert sum("7 epochs, " in line and "about 14 s" in line for line in told) == 2
+    (tmp_path / "runs" / "vit-0.003-seed-0").mkdir(parents=True)  # too late
+    assert compare(digits, tmp_path, **given, budget=12)["plan"]["epochs"] == 7
 
 
 def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tmp_path, monkeypatch):
@@ -231,6 +235,11 @@ def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tm
             raise RuntimeError("out of\nluck")
         return build(row, *given)
 
+    def measured(name, batch, length, make, device):
+        assert make()["step"]() is not None
+        return Row(name, batch, length, forward=1.0, step=1.0)
+
+    monkeypatch.setattr(speed_module, "measure", measured)
     settings = TINY | {"epochs": 1}
     out, rows, told = tmp_path / "out", ["vit", "add"], []
     with monkeypatch.context() as patched:
