@@ -242,12 +242,13 @@ def test_every_output_says_that_the_released_setting_is_unequal(
 @pytest.mark.gpu
 def test_on_a_gpu_rows_train_at_once_in_bf16(text: Path, tmp_path: Path) -> None:
     sizes = {**TINY, "layers": 2, "d_model": 64, "headdim": 16, "length": 64, "unmatched": True, "batch_size": 16}
-    rows = ["quasiseparable", "cauchy", "toeplitz", "attention"]
+    rows = ["quasiseparable", "cauchy", "vandermonde", "toeplitz", "attention"]
     report = ablate(text, tmp_path, size="small", rows=rows, seeds=[0], jobs=2, say=quiet, **sizes)
     assert len(report["runs"]) == len(rows)
     for run in report["runs"]:
         assert run["device"] == torch.cuda.get_device_name(0)
         assert run["at_once"] == 2
+        assert run["graph"]
         assert run["loss"] < run["held_out"]["loss"][0]
 
 
@@ -348,6 +349,25 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run(done: tuple[Path, dict, li
     ablate(out=out, rows=["toeplitz"], seeds=[0], jobs=1, say=quiet)
     assert results(out) == {"toeplitz-seed-0.json": results(done[0])["toeplitz-seed-0.json"]}
     assert not key.folder(out).exists()  # its checkpoints have served
+
+
+def test_steps_in_parts_see_the_same_tokens(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    report = ablate(done[0] / "data", tmp_path, **ONE, accumulate=2, say=quiet, **TINY)
+    whole = next(run for run in done[1]["runs"] if (run["row"], run["seed"]) == ("toeplitz", 0))
+    (run,) = report["runs"]
+    assert run["training"]["step"] == whole["training"]["step"]
+    assert run["training"]["loss"][0] == pytest.approx(whole["training"]["loss"][0], rel=0.02)  # but for dropout
+    assert run["held_out"]["loss"][-1] == pytest.approx(whole["held_out"]["loss"][-1], rel=0.05)
+    assert run["training"]["loss"] != whole["training"]["loss"]
+
+
+def test_what_stops_an_ablation_leaves_whole_seeds_of_the_papers_rows(
+    done: tuple[Path, dict, list[str]], tmp_path: Path
+) -> None:
+    rows = ["add-fixed", "toeplitz", "dense-fixed"]
+    report = ablate(done[0] / "data", tmp_path, size="small", rows=rows, seeds=[0, 1], limit=0, say=quiet, **TINY)
+    order = [(run["seed"], run["row"]) for run in report["unfinished"]]
+    assert order == [(s, row) for s in (0, 1) for row in rows[1:]] + [(0, rows[0]), (1, rows[0])]
 
 
 def test_what_is_finished_is_kept_and_rows_and_seeds_can_be_added(
