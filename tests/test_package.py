@@ -27,6 +27,7 @@ LEVEL = {
     "released": 3,  # parameter names only: neither imports the other
     "encoder": 4,
     "root": 5,
+    "pretrained": 5,  # of texts and pictures alike: neither it nor the root imports the other
     "text": 6,
     "vision": 6,
     "bench": 6,

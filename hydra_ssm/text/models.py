@@ -9,13 +9,12 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..encoder import Encoder
-from ..mixer import MatrixMixer
 from ..ops import layout
+from ..pretrained import IN_FLOAT32, initialize_mixers
 from .config import HydraConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,7 +52,7 @@ class HydraPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # attention layers call it
     _no_split_modules = ["HydraEmbeddings", "EncoderLayer"]  # noqa: RUF012 - transformers copies it
-    _keep_in_fp32_modules_strict = [r"\.A_log$", r"\.dt_bias$", r"\.D$"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(IN_FLOAT32)  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -63,16 +62,9 @@ class HydraPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers does, and the mixers' own for what they mix with: it skips modules made of others alone."""
-        mixers = [
-            m for m in self.modules() if isinstance(m, MatrixMixer) and not getattr(m, "_is_hf_initialized", False)
-        ]
-        super().initialize_weights()
-        for mixer in mixers:
-            for parameter, value in mixer.drawn():
-                init.copy_(parameter, value)  # but what a checkpoint filled
+        """As transformers does, and the mixers' own for what they mix with."""
+        initialize_mixers(self, super().initialize_weights)
 
 
 class HydraEmbeddings(nn.Module):

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..encoder import Modulation
-from ..mixer import MatrixMixer
+from ..pretrained import IN_FLOAT32, initialize_mixers
 from .models import HydraViT
 
 ARGUMENTS = {  # of HydraViT, by the name that they have in a configuration
@@ -111,7 +111,7 @@ class HydraForImageClassification(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True  # attention layers call it
     _no_split_modules = ["EncoderLayer"]  # noqa: RUF012 - transformers copies it
-    _keep_in_fp32_modules_strict = [r"\.A_log$", r"\.dt_bias$", r"\.D$"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(IN_FLOAT32)  # noqa: RUF012
 
     def __init__(self, config: HydraViTConfig) -> None:
         super().__init__(config)
@@ -132,16 +132,9 @@ class HydraForImageClassification(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As transformers does, and the mixers' own for what they mix with: it skips modules made of others alone."""
-        mixers = [
-            m for m in self.modules() if isinstance(m, MatrixMixer) and not getattr(m, "_is_hf_initialized", False)
-        ]
-        super().initialize_weights()
-        for mixer in mixers:
-            for parameter, value in mixer.drawn():
-                init.copy_(parameter, value)  # but what a checkpoint filled
+        """As transformers does, and the mixers' own for what they mix with."""
+        initialize_mixers(self, super().initialize_weights)
 
     @can_return_tuple
     def forward(
