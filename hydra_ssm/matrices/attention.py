@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.backend import exporting
 from ..ops.documents import Documents, rows
 from .base import Feature, Inputs, Placed, Settings, StructuredMatrix
 
@@ -47,7 +48,7 @@ class Attention(StructuredMatrix):
         width = max(x.shape[3], self.q.shape[3])  # other than of one width, the CPU's kernel refuses them
         q, k, v = (rearrange(_widened(t, width), "b l h d -> b h l d") for t in (self.q, self.k, x))
         keys = self._keys()
-        if keys is not None and torch.compiler.is_exporting():  # spread by itself, it holds for any length
+        if keys is not None and exporting():  # spread by itself, it holds for any length
             keys = keys.expand(-1, -1, x.shape[1], -1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=self.q.shape[3] ** -0.5)
         return rearrange(y[..., : x.shape[3]], "b h l p -> b l h p")

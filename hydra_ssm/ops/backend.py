@@ -18,6 +18,11 @@ HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def exporting() -> bool:
+    """Whether torch.export traces. torch.compiler.is_exporting() says so within torch.compile, too, in torch 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:
     """Whether kernels compute what begins with x; misfit says what they need and do not get.
 
@@ -25,7 +30,7 @@ def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) 
     them or the reason: ValueError for a misfit, ImportError where Triton is not installed.
     """
     if impl is None:
-        return x.is_cuda and HAS_TRITON and not torch.compiler.is_exporting() and misfit() is None
+        return x.is_cuda and HAS_TRITON and not exporting() and misfit() is None
     if impl != "triton":
         return False
     if not HAS_TRITON:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import misplaced, product_misfit, takes_triton
+from .backend import exporting, misplaced, product_misfit, takes_triton
 from .chunked import chunked
 from .documents import Documents
 from .plain import plain
@@ -48,7 +48,7 @@ def semiseparable(
     ids = None if documents is None else documents.ids
     if takes_triton(impl, x, lambda: _misfit(x, triangles)):
         return _fused(x, triangles, ids, diagonal)
-    y = EAGER[impl or ("plain" if torch.compiler.is_exporting() else "chunked")](x, triangles, ids)
+    y = EAGER[impl or ("plain" if exporting() else "chunked")](x, triangles, ids)
     return y if diagonal is None else y + (diagonal[..., None] * x).to(x.dtype)
 
 

@@ -13,6 +13,7 @@ from .output import OutputConfig
 from .states import StatesConfig
 from .value_grads import ValueGradsConfig
 
+NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
 FEW = 32  # chunks: a program that went through all heads of one would leave most of a device idle
 
 
@@ -23,6 +24,7 @@ class Plan:
     chunk: int = 128
     pair: bool = False  # where one chunk is all there is, the backward pass takes it in two tiles
     split: int = 1  # parts that heads which share B and C are dealt to, where chunks are too few to fill a device
+    project: bool = False  # the diagonal where the decays are found, not before
     precision: str = "ieee"  # of float32 products, exact; ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -52,6 +54,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
+        project=few and H * P <= NARROW,
         states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=2 if chunk == 128 and L <= 512 else 3),
         output=output,
         feature_grads=FeatureGradsConfig(stages=stages),
