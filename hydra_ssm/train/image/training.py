@@ -43,7 +43,7 @@ from .sources import Part, logistic_regression, most_frequent, open_parts
 STATE = "state.pt"
 SAY_EVERY = 1.0  # seconds
 ASK_EVERY = 10  # steps: whether a process was told to stop, which all of them must know
-WAIT = timedelta(hours=6)  # for the process that reads through the data
+WAIT = timedelta(hours=2)  # for the process that reads through the data; the default of NCCL is ten minutes
 
 
 def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[str, Any] | None:
