@@ -24,7 +24,7 @@ from hydra_ssm.bench.report import Row
 from hydra_ssm.cli import main
 from hydra_ssm.train.checkpoints import write_manifest
 from hydra_ssm.train.errors import UserError
-from hydra_ssm.train.image.comparison import ROWS, Plan, compare, prepare
+from hydra_ssm.train.image.comparison import ROWS, Plan, augment, compare, prepare
 from hydra_ssm.train.image.comparison import command as command_module
 from hydra_ssm.train.image.comparison import jobs as jobs_module
 from hydra_ssm.train.image.comparison import loop as loop_module
@@ -101,6 +101,14 @@ def test_every_operation_of_randaugment_happens_and_a_step_is_the_same_again(pic
     smoothed = augmented(*pictures, 10, strength, Random(3, 7, CPU))[1]
     torch.testing.assert_close(smoothed.sum(1), torch.ones(64))
     assert smoothed.min() >= 0.01 - 1e-6
+
+
+def test_half_of_the_pictures_are_left_alone_by_each_of_randaugments_operations():
+    torch.manual_seed(0)
+    x, still = torch.rand(20_000, 3, 4, 4), torch.eye(3).repeat(20_000, 1, 1)
+    found, matrix = augment._randaugment(x, still, Random(0, 0, CPU))
+    alone = (found == x).all(3).all(2).all(1) & (matrix == still).all(2).all(1)
+    assert abs(alone.float().mean() - augment.EACH) < 0.015
 
 
 def test_all_rows_have_the_parameters_of_the_vit_and_take_pictures():
