@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.experimental import _config as tracing
 
 from .._extras import imports_unannounced, require
@@ -97,8 +98,12 @@ def example_inputs(config: HydraConfig, batch: int, length: int) -> tuple[Tensor
 
 def write_torch(model: HydraPreTrainedModel, path: Path) -> None:
     """A file that `torch.export.load(path).module()` makes a function of INPUTS again. Errors as of `export`."""
+    program = export(model)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # lines of code and folders of this machine
     with path.open("wb") as stream:
-        torch.export.save(export(model), stream)
+        torch.export.save(program, stream)
 
 
 def write_onnx(model: HydraPreTrainedModel, path: Path) -> None:
@@ -113,6 +118,8 @@ def write_onnx(model: HydraPreTrainedModel, path: Path) -> None:
             program, dynamo=True, verbose=False, output_names=names, dynamic_shapes=axes, optimize=False
         )
     assert made is not None
+    for node in made.model.graph.all_nodes():
+        node.metadata_props.clear()  # lines of code and folders of this machine, several times the weights
     made.save(path)
 
 

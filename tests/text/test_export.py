@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from small_models import tiny, words
 from test_inference import save
 
+import hydra_ssm
 from hydra_ssm.cli import main
 from hydra_ssm.text import (
     HydraForMaskedLM,
@@ -64,6 +66,15 @@ def check(source: HydraPreTrainedModel, file: Path, sizes: Sequence[tuple[int, i
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def names_no_folder(file: Path) -> bool:
+    """Whether it says nothing of where the library lies that wrote it."""
+    parts = [file.read_bytes()]
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            parts = [archive.read(name) for name in archive.namelist()]
+    return not any(str(Path(hydra_ssm.__file__).parent).encode() in part for part in parts)
+
+
 @pytest.mark.parametrize(
     ("kind", "model"),
     [("hydra", HydraForMaskedLM), ("bert", HydraModel), ("bert", HydraForSequenceClassification)],
@@ -73,6 +84,7 @@ def test_onnxruntime_computes_the_model_at_any_batch_and_length(
 ) -> None:
     source = model(tiny(kind, num_labels=3, **ONE)).eval()
     write_onnx(source, tmp_path / "model.onnx")
+    assert names_no_folder(tmp_path / "model.onnx")
     check(source, tmp_path / "model.onnx", SIZES if kind == "hydra" else ((1, 2), (3, 5), (2, 12)))
 
 
@@ -87,6 +99,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[HydraModel, Path]
 
 def test_a_torch_file_runs_where_this_library_is_not(written: tuple[HydraModel, Path], tmp_path: Path) -> None:
     source, file = written
+    assert names_no_folder(file)
     given = [inputs(*size) for size in SIZES]
     torch.save((given, [tuple(w.float() for w in exact(source, i)) for i in given]), tmp_path / "expected.pt")
     command = [sys.executable, "-c", ALONE, str(file), str(tmp_path / "expected.pt")]
