@@ -53,8 +53,10 @@ def stacks(rows: list[Row]) -> list[str]:
         by_shape[row.batch, row.length][row.name] = row
     for (batch, length), found in by_shape.items():
         cells = [
-            f"{milliseconds(row.best_step)}{'' if row.compiled else ', not compiled'}" if not row.note else row.note
-            for row in (found[name] for name in names)
+            "-"
+            if row is None
+            else row.note or f"{milliseconds(row.best_step)}{'' if row.compiled else ', not compiled'}"
+            for row in map(found.get, names)
         ]
         lines.append(f"| {batch} x {length:,} | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -102,7 +104,9 @@ def figures(report: dict[str, Any], exactness: dict[str, Any] | None) -> str:
     lines += layers([Row(**r) for r in report["layers"]], f"Layers, {sizes}, milliseconds")
     lines += layers([Row(**r) for r in report["products"]], "The product alone, milliseconds")
     if "encoders" in report:
-        lines += stacks([Row(**r) for r in report["encoders"]]) + small([Row(**r) for r in report["small"]])
+        lines += stacks([Row(**r) for r in report["encoders"]])
+    if "small" in report:
+        lines += small([Row(**r) for r in report["small"]])
     return "\n".join(lines + (accuracy(exactness) if exactness else []))
 
 

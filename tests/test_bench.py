@@ -63,6 +63,15 @@ def test_whole_encoders_are_timed_where_they_are_asked_for(
     hydra, attention = (Row(**row).forward for row in report["small"])
     assert f"hydra / attention: {hydra / attention:.2f}" in out
 
+    def stopped(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoders, "_small", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench(json=tmp_path / "part.json", device="cpu", d_model=64, tokens=256, lengths=(16,), encoder=True)
+    kept = json.loads((tmp_path / "part.json").read_text(encoding="utf-8"))
+    assert [len(kept[part]) for part in ("layers", "encoders")] == [2, 2]
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,8 +26,11 @@ LENGTHS = (128, 512, 2048, 4096, 8192, 16384)
 SMALL = (256, 8, 128)  # width, batch, length
 
 
-def measure_encoders(settings: Settings, say: Say) -> dict[str, Any]:
-    """Steps of stacks on half the tokens that the layers get, then what small layers cost, as JSON has it."""
+def measure_encoders(settings: Settings, say: Say, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Steps of stacks on half the tokens that the layers get, then what small layers cost.
+
+    keep: takes, as JSON has it, what is known after each row.
+    """
     tokens = max(1, settings.tokens // 2)
     say(f"\nwhole encoders without embeddings and heads, d_model {settings.d_model}\n{ENCODER_HEADER}")
     rows = []
@@ -34,9 +38,9 @@ def measure_encoders(settings: Settings, say: Say) -> dict[str, Any]:
         for name in (name for name in settings.layers if name in STACKS):
             rows.append(_row(name, tokens // length, length, settings, say))
             say(str(rows[-1]))
+            keep({"encoders": [asdict(row) for row in rows]})
     say(f"\nlayers of width {SMALL[0]}, forward alone\n{ENCODER_HEADER}")
-    small = _small(settings, say)
-    return {"encoders": [asdict(row) for row in rows], "small": [asdict(row) for row in small]}
+    keep({"small": [asdict(row) for row in _small(settings, say)]})
 
 
 def _row(name: str, batch: int, length: int, settings: Settings, say: Say) -> Row:

@@ -31,12 +31,15 @@ def bench(*, plot: Path | str | None = None, json: Path | str | None = None, **o
     """
     settings = Settings.of(**options)
     found = run(settings)
-    if json is not None:  # before the encoders, whose compilation is not ours
-        write_json(Path(json), found)
-    if settings.encoder:
-        found |= measure_encoders(settings, print)
+
+    def keep(more: dict[str, Any]) -> None:
+        found.update(more)
         if json is not None:
             write_json(Path(json), found)
+
+    keep({})
+    if settings.encoder:
+        measure_encoders(settings, print, keep)
     if plot is not None:
         rows = [Row(**row) for row in found["layers"]]
         draw(Path(plot), rows, f"{found['machine']['device']}, {found['settings']['dtype']}")
