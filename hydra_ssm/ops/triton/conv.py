@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 
 @triton.jit
 def _place(L, C, stretches, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -271,8 +273,8 @@ def conv_forward(
     """
     batch, L, C = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stretches = triton.cdiv(L, how.rows)
-    _forward_kernel[(batch * stretches * triton.cdiv(C, how.channels),)](
+    stretches = cdiv(L, how.rows)
+    _forward_kernel[(batch * stretches * cdiv(C, how.channels),)](
         x, weight, weight if bias is None else bias, x if ids is None else ids, y, L, stretches,
         x.stride(0), C, x.stride(1), WIDTH=weight.shape[-1], ACTIVATION=activation, HAS_BIAS=bias is not None,
         HAS_IDS=ids is not None, ROWS=how.rows, BLOCK_C=how.channels, UNROLL=how.unroll, num_warps=how.warps,
@@ -289,8 +291,8 @@ def conv_backward(
     dy (B, L, C) is contiguous; the rest as in conv_forward.
     """
     batch, L, C = x.shape
-    width, stretches = weight.shape[-1], triton.cdiv(L, how.rows)
-    grid = (batch * stretches * triton.cdiv(C, how.channels),)
+    width, stretches = weight.shape[-1], cdiv(L, how.rows)
+    grid = (batch * stretches * cdiv(C, how.channels),)
     # A row that is one stretch has nothing beside it; within a stretch, what is written is read no more.
     in_place, halo = stretches > 1 and dx.data_ptr() == x.data_ptr(), x
     if in_place:

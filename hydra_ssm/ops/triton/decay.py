@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .sizes import cdiv, next_power_of_2
+
 LOG2E = 1.4426950408889634
 SMALLEST_STEP = 2.0**-100  # what dt = 0 counts as: it adds nothing, and gradients may divide by it
 STRONGEST = 152.0  # log2: 2 ** -152 is zero, and a larger one would cost the sums that pass it their digits
@@ -301,7 +303,7 @@ def chunk_decays(
     """The decays of the steps, and the diagonal (B, L, H) beside them; ids (B, L) matter to raw steps alone."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch, H, *shape, dtype=torch.float32, device=dt_f.device)
@@ -314,8 +316,8 @@ def chunk_decays(
     given, weight, offset = (
         (diagonal.x, diagonal.weight, diagonal.offset) if isinstance(diagonal, Projection) else (diagonal, None, None)
     )
-    block = min(triton.next_power_of_2(H), config.heads)
-    _decay_kernel[(batch * chunks, triton.cdiv(H, block))](
+    block = min(next_power_of_2(H), config.heads)
+    _decay_kernel[(batch * chunks, cdiv(H, block))](
         dt_f, dt_b, A, *(dt_f if t is None else t for t in (bias, ids, given, weight, offset)),
         sums, sums if apart is None else apart, totals, sums if diagonals is None else diagonals,
         L, H, chunks, 0 if weight is None else weight.shape[1], steps.A_stride, *steps.limits,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_weights
+from .sizes import cdiv
 from .tiles import load_features
 
 
@@ -251,7 +252,7 @@ def feature_grads(
     """The gradients through the states S and their adjoint T of chunks of Q tokens."""
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
     new = decays.sums.new_empty
     found = StateGrads(new(4, batch, G, chunks * Q, N), new(4, batch, H, chunks * Q), new(2, batch, H, chunks))
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import WIDEST_NORM
+from .sizes import cdiv, next_power_of_2
 
 MOST_WARPS = 16
 LARGEST_STAGE = 8192  # bytes of each operand that are loaded ahead
@@ -107,12 +108,12 @@ class NormConfig:
 
     def launch(self, rows: int, D: int, itemsize: int) -> tuple[int, dict[str, int]]:
         """The grid and the kernel's constants for rows of D numbers of so many bytes."""
-        block = triton.next_power_of_2(D)
+        block = next_power_of_2(D)
         per_tile = max(1, self.elements // block)
         stages = self.stages if per_tile * block * itemsize <= LARGEST_STAGE else 1
         warps = min(MOST_WARPS, max(1, per_tile * block // self.elements) * self.warps)
         constants = {"D": D, "BLOCK": block, "ROWS": per_tile, "STAGES": stages, "num_warps": warps}
-        return min(self.programs, triton.cdiv(rows, per_tile)), constants
+        return min(self.programs, cdiv(rows, per_tile)), constants
 
 
 FORWARD = NormConfig()

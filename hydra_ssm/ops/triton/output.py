@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_rests, load_steps
+from .sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "heads"])
@@ -174,7 +175,7 @@ def chunk_outputs(
     """y (B, L, H, P), contiguous; features B_f, C_f, B_b, C_b (B, L, G, N), unit last strides everywhere."""
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
     rows = min(config.rows, Q)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strides = [s for t in (x, *features) for s in t.stride()[:3]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import triton
 from torch import Tensor
 
 from .feature_grads import FeatureGradsConfig
 from .output import OutputConfig
+from .sizes import cdiv
 from .states import StatesConfig
 from .value_grads import ValueGradsConfig
 
@@ -41,7 +41,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
     heads = H // G
-    few = batch * triton.cdiv(L, 64 if backward and L > 128 else 128) <= FEW
+    few = batch * cdiv(L, 64 if backward and L > 128 else 128) <= FEW
     split = heads & -heads if few and G == 1 else 1  # the power of two in it: one program more to compile, not many
     if x.dtype == torch.float32 or max(N, P) > 64:
         chunk, output = 32, OutputConfig(heads // split, 32, False, 4, 2)

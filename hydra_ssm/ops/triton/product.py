@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
 from .plan import Plan, plan
+from .sizes import cdiv
 from .states import chunk_states
 from .step_grads import step_grads
 from .value_grads import value_grads
@@ -78,7 +78,7 @@ def quasiseparable_backward(
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     if states is None:
         states = _states(x, B_f, B_b, decays, ids, how)
-    elif states.shape[2] != triton.cdiv(x.shape[1], Q):
+    elif states.shape[2] != cdiv(x.shape[1], Q):
         raise ValueError(f"saved states must be of chunks of {Q} tokens, got {states.shape[2]} for {x.shape[1]} tokens")
     adjoint = _states(dy, C_f, C_b, decays, ids, how, adjoint=True)
     through = None
@@ -125,6 +125,6 @@ def find_decays(
 def _states(
     v: Tensor, u_f: Tensor, u_b: Tensor, decays: Decays, ids: Tensor | None, how: Plan, adjoint: bool = False
 ) -> Tensor | None:
-    if triton.cdiv(v.shape[1], how.chunk) == 1:
+    if cdiv(v.shape[1], how.chunk) == 1:
         return None
     return chunk_states(u_f, u_b, v, decays, ids, how.chunk, how.states, how.precision, adjoint)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_weights
+from .sizes import cdiv, next_power_of_2
 from .tiles import load_borders, load_features
 
 
@@ -333,9 +334,9 @@ def chunk_states(
     """
     batch, L, H, P = v.shape
     G, N = u_f.shape[2:]
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
     stretch = config.stretch if 0 < config.stretch < chunks else chunks
-    stretches = triton.cdiv(chunks, stretch)
+    stretches = cdiv(chunks, stretch)
     states = torch.empty(2, batch, chunks, H, N, P, dtype=v.dtype, device=v.device)
     borders = None
     if stretches > 1:
@@ -356,7 +357,7 @@ def chunk_states(
         part = min(N * P, 256)
         _join_kernel[2 * batch * H, N * P // part](
             borders, decays.totals, v if ids is None else ids, L, H, chunks, stretch, ADJOINT=int(adjoint),
-            HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, triton.next_power_of_2(stretch)),
+            HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, next_power_of_2(stretch)),
             num_warps=2,
         )  # fmt: skip
     _states_kernel[2 * batch * H, stretches](

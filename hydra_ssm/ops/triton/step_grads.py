@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
 from .feature_grads import StateGrads
+from .sizes import cdiv, next_power_of_2
 from .value_grads import TileSums
 
 BLOCK_HEADS = 8
@@ -170,14 +171,14 @@ def step_grads(
     """
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
     state_sums, products = (None, None) if through is None else (through.sums, through.products)
     ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device) if ddt_f is None else ddt_f
     ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device) if ddt_b is None else ddt_b
     sums = torch.empty(batch * chunks, 3, H, dtype=torch.float32, device=A.device)
     ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
-    block = min(triton.next_power_of_2(H), BLOCK_HEADS)
-    _step_grads_kernel[batch * chunks, triton.cdiv(H, block)](
+    block = min(next_power_of_2(H), BLOCK_HEADS)
+    _step_grads_kernel[batch * chunks, cdiv(H, block)](
         dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
         tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
         tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .decay import Decays, load_decays, load_rests, load_steps, load_weights
 from .feature_grads import StateGrads
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -376,7 +377,7 @@ def value_grads(
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
-    chunks = triton.cdiv(L, Q)
+    chunks = cdiv(L, Q)
     pair = pair and chunks == 1
     new = decays.sums.new_empty
     sums = TileSums(
@@ -396,7 +397,7 @@ def value_grads(
         sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
         0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
-        ALL_HEADS=0 if back is None else max(16, triton.next_power_of_2(H)), HAS_STATES=adjoint is not None,
+        ALL_HEADS=0 if back is None else max(16, next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
         PRECISION=precision, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
