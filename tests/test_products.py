@@ -1,6 +1,7 @@
 """Fast products: as exact as they promise, forward and backward, in linear memory, and less work than the entries."""
 
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_ssm import MATRICES, MatrixMixer
-from hydra_ssm.matrices import Attention, Cauchy, Inputs, Settings, Vandermonde, vandermonde
+from hydra_ssm.matrices import DFT, Attention, Cauchy, Inputs, Settings, Vandermonde, _fft, vandermonde
 from hydra_ssm.matrices._cosines import _interpolation, rank
 from hydra_ssm.matrices._fft import fast_length
 from hydra_ssm.matrices._reciprocal import SPAN, exponents_and_weights
@@ -277,9 +278,10 @@ def test_transforms_are_of_fast_lengths():
 
 def test_a_long_transform_takes_its_heads_in_parts(monkeypatch):
     """What it needs beside x is bounded; the product and its gradient are those of the entries."""
-    from hydra_ssm.matrices import DFT, dft
+    from hydra_ssm.matrices import dft
 
     called = []
+    monkeypatch.setattr(_fft, "SHORT", 0)
     of_torch = torch.fft.rfft
     monkeypatch.setattr(torch.fft, "rfft", lambda x, **given: called.append(x.shape[2]) or of_torch(x, **given))
     monkeypatch.setattr(dft, "AT_ONCE", 2 * 40 * 3 * 2)
@@ -289,6 +291,121 @@ def test_a_long_transform_takes_its_heads_in_parts(monkeypatch):
     assert called == [2, 2, 1]
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(wanted, x, grad))
+
+
+def whole(name, L, leaf=None, B=3, max_length=48):
+    """A matrix, what it and x are made of as leaves, and x. The fixed form expands its tables."""
+    kind, _, fixed = name.partition("-")
+    leaf = leaf or (lambda *shape: torch.randn(*shape, dtype=torch.float64))
+    settings = Settings(nheads=2, headdim=5, d_state=1, max_length=max_length)
+    x = leaf(B, L, 2, 5).requires_grad_()
+    own = {f.name: leaf(*(() if fixed else (B,)), L, *f.shape) for f in MATRICES[kind].features(settings)}
+    own = {name: t.requires_grad_() for name, t in own.items()}
+    features = {name: t.expand(B, -1, -1) if fixed else t for name, t in own.items()}
+    return MATRICES[kind].build(Inputs(x, features, {}, settings, None)), [x, *own.values()], x
+
+
+TRANSFORMS = pytest.mark.parametrize("name", ["toeplitz", "toeplitz-fixed", "dft"])
+BOTH = pytest.mark.parametrize("short", [0, 64], ids=["transforms", "entries"])
+
+
+@BOTH
+@TRANSFORMS
+@pytest.mark.parametrize("L", [1, 2, 3, 31, 32, 48])
+def test_short_and_long_ways_are_exact_with_every_gradient(name, L, short, monkeypatch):
+    monkeypatch.setattr(_fft, "SHORT", short)
+    M, leaves, x = whole(name, L)
+    fast, exact = M @ x, torch.einsum("bhij,bjhp->bihp", M.dense(), x)
+    assert ("Fft" in trace(fast)) == (short == 0)
+    torch.testing.assert_close(fast, exact, rtol=1e-12, atol=1e-13)
+    grad = torch.randn_like(exact)
+    found, wanted = (torch.autograd.grad(y, leaves, grad) for y in (fast, exact))
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+def trace(y):
+    """The names of the operations that y's gradient goes through."""
+    names, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return " ".join(names)
+
+
+@TRANSFORMS
+def test_the_way_changes_after_the_last_short_length(name):
+    for length, way in ((_fft.SHORT, "Bmm"), (_fft.SHORT + 1, "Fft")):
+        M, _, x = whole(name, length, max_length=_fft.SHORT + 1)
+        assert way in trace(M @ x)
+    assert _fft.SHORT == 256  # as the documentation says
+
+
+@TRANSFORMS
+def test_gradients_of_short_products_come_through_no_index(name):
+    """Adding up by index goes one by one, in an order that a GPU does not keep: here the same bits each time."""
+    M, leaves, x = whole(name, 128, lambda *shape: torch.randn(*shape), max_length=128)
+    y, grad = M @ x, torch.randn(3, 128, 2, 5)
+    assert not {"Index", "Gather", "Scatter", "Fold"} & set(re.findall("[A-Z][a-z]+", trace(y)))
+    first, second = (torch.autograd.grad(M @ x, leaves, grad) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@TRANSFORMS
+def test_short_products_in_half_precision_lose_no_more_than_through_the_entries(name, dtype):
+    M, leaves, x = whole(name, 100, lambda *shape: torch.randn(*shape).to(dtype), max_length=100)
+    grad = torch.randn(3, 100, 2, 5).to(dtype)
+    fast, dense = M @ x, torch.einsum("bhij,bjhp->bihp", M.dense(), x)
+    assert fast.dtype == dtype
+    wide, exact_leaves, exact_x = whole(name, 100, of_list([t.detach().double() for t in leaves]), max_length=100)
+    exact = torch.einsum("bhij,bjhp->bihp", wide.dense(), exact_x)
+    results = [
+        [y, *torch.autograd.grad(y, own, grad.to(y.dtype))]
+        for y, own in ((fast, leaves), (dense, leaves), (exact, exact_leaves))
+    ]
+    for f, d, e in zip(*results, strict=True):
+        assert f.dtype == d.dtype
+        assert (f.double() - e).norm() <= 2 * (d.double() - e).norm() + 1e-4 * e.norm()
+
+
+def of_list(tensors):
+    """Gives these, one by one."""
+    left = iter(tensors)
+    return lambda *shape: next(left)
+
+
+@pytest.mark.slow
+@TRANSFORMS
+def test_a_compiled_short_product_is_right(name):
+    torch.compiler.reset()
+    M, leaves, x = whole(name, 24)
+    grad = torch.randn_like(x)
+    wanted = M @ x
+
+    def product(*own):
+        tables = [t.expand(3, -1, -1) if name.endswith("fixed") else t for t in own[1:]]
+        changed = {"t_causal": tables[0], "t_anticausal": tables[1]} if tables else {}
+        return replace(M, **changed) @ own[0]
+
+    found = torch.compile(product, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y, leaves, grad) for y in (found, wanted)))
+
+
+def test_a_program_for_any_length_has_transforms():
+    """An export of a dynamic length: what is chosen by the length would hold the program to short ones."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return DFT(None, 512, x) @ x
+
+    x = torch.randn(1, 40, 2, 3)
+    length = torch.export.Dim("length", min=2, max=400)
+    program = torch.export.export(Layer(), (x,), dynamic_shapes=({1: length},))
+    for L in (7, 300):
+        x = torch.randn(1, L, 2, 3)
+        torch.testing.assert_close(program.module()(x), DFT(None, 512, x) @ x, rtol=1e-4, atol=1e-5)
 
 
 def test_vandermonde_asks_for_no_value_where_there_is_none():

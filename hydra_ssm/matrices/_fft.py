@@ -1,6 +1,15 @@
-"""Lengths that an FFT is fast for."""
+"""Lengths that an FFT is fast for, and those that it is too much for."""
 
 from __future__ import annotations
+
+from ..ops.backend import exporting
+
+SHORT = 256  # tokens, up to which a product with the entries is as fast as transforms, and its memory a few times x
+
+
+def short(length: int) -> bool:
+    """Whether to multiply by the entries. Not in a program that is to run at other lengths."""
+    return not exporting() and length <= SHORT
 
 
 def fast_length(n: int) -> int:
