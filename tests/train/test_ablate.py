@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from processes import alive, children, wait_until
 from small_text import sentences
 from torch.nn import functional as F
 
@@ -300,11 +300,6 @@ ablate(data, out, size="small", rows=rows.split(), seeds=[0], jobs=2, save_after
 """
 
 
-def children(process: subprocess.Popen[str]) -> set[int]:
-    tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return set(map(int, tasks.read_text(encoding="utf-8").split()))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux to see the processes of a process")
 def test_runs_that_are_killed_with_all_their_processes_end_as_if_nothing_had_happened(
@@ -314,17 +309,12 @@ def test_runs_that_are_killed_with_all_their_processes_end_as_if_nothing_had_hap
     command = [sys.executable, "-c", BARE, done[0] / "data", out, "toeplitz quasiseparable", repr(TINY)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     kept = [out / "runs" / f"{row}-seed-0" for row in ("toeplitz", "quasiseparable")]
-    end = time.monotonic() + 60
-    while not any(list(folder.glob("checkpoint-[3-9]")) for folder in kept):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    others = children(process)
+    wait_until(lambda: any(list(folder.glob("checkpoint-[3-9]")) for folder in kept), process)
+    others = children(process.pid)
+    assert others
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in others):
-        assert time.monotonic() < end, "its processes live on"
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(alive, others)))
     assert len(results(out)) < 2
     said: list[str] = []
     report = ablate(out=out, rows=("toeplitz", "quasiseparable"), seeds=[0], jobs=1, say=said.append)

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import wait_until
 from small_glue import write_glue
 from small_text import sentences
 
@@ -354,10 +354,7 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
         [sys.executable, "-c", CALL, str(folder), str(killed), json.dumps(TINY | {"stages": ["tokens"]})],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not list(killed.glob("checkpoints/tokens-hydra-seed-0/checkpoint-*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: [*killed.glob("checkpoints/tokens-hydra-seed-0/checkpoint-*")], process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "runs" / "tokens-bert-seed-0.json").exists()

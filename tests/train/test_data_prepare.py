@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import LONGEST, alive, children, wait_until
 from small_text import NOUNS, sentences
 
 from hydra_ssm.cli import main
@@ -396,18 +396,6 @@ def command(many: list[str], tokenizer: str, out: Path, jobs: int) -> list[str]:
     return ["data", "prepare", *many, "--tokenizer", tokenizer, "--out", str(out), *options]
 
 
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return list(map(int, listed.split()))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_preparation_goes_on_in_other_processes_to_the_same_bytes(
@@ -416,9 +404,7 @@ def test_a_killed_preparation_goes_on_in_other_processes_to_the_same_bytes(
     out = tmp_path / "shards"
     arguments = [sys.executable, "-m", "hydra_ssm.cli", *command(many, tokenizer, out, 2)]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not list(out.glob("train/data-*.arrow")):
-        assert process.poll() is None
-        time.sleep(0.002)
+    wait_until(lambda: [*out.glob("train/data-*.arrow")], process)
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -427,11 +413,8 @@ def test_a_killed_preparation_goes_on_in_other_processes_to_the_same_bytes(
         ShardRows(out, "train")
     assert main(command(many, tokenizer, out, 1)) == 0
     assert contents(out) == contents(uninterrupted)
-    end = time.monotonic() + 10
-    while any(map(alive, workers)) and time.monotonic() < end:
-        time.sleep(0.05)
     assert workers
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)))
 
 
 class Killed(BaseException):
@@ -500,7 +483,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer: str, tmp_path: Path) -> N
     names = ("out", "warm", "small.txt")
     given = map(str, [tmp_path / "large.txt.gz", tokenizer, *(tmp_path / name for name in names), 40 << 20])
     run = subprocess.run(
-        [sys.executable, "-c", CAPPED, *given], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", CAPPED, *given], capture_output=True, text=True, timeout=LONGEST, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import LONGEST, children, wait_until
 from safetensors.torch import load_file
 from several import back
 from small_text import sentences
@@ -78,7 +78,7 @@ def teams(base: Path, text: str) -> Path:
     (base / "teams.json").write_text(json.dumps([(2, two), (4, four)]), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("several.py")), str(base / "teams.json")],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=LONGEST, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return base
@@ -165,21 +165,11 @@ def job(out: Path, text: str, *launcher: str) -> Iterator[subprocess.Popen[str]]
     command = [*launcher, "-m", "hydra_ssm.cli", "pretrain", text, *settings, "--out", str(out)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        limit = time.monotonic() + 120
-        while not checkpoints(out / "training" / "checkpoints"):
-            assert process.poll() is None, process.communicate()[1][-4000:]
-            assert time.monotonic() < limit
-            time.sleep(0.01)
+        wait_until(lambda: checkpoints(out / "training" / "checkpoints"), process)
         yield process
     finally:
         process.kill()
         process.wait()
-
-
-def workers(parent: int) -> list[int]:
-    """Process ids of the children of a launcher, which has no others."""
-    children = Path(f"/proc/{parent}/task/{parent}/children")
-    return [int(pid) for pid in children.read_text(encoding="utf-8").split()]
 
 
 ASK = """
@@ -198,7 +188,7 @@ def test_all_processes_go_on_where_one_machine_has_started_its_own_anew() -> Non
         port = str(free.getsockname()[1])
     known = {**environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     known |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
-    done = subprocess.run([sys.executable, "-c", ASK], env=known, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", ASK], env=known, capture_output=True, text=True, timeout=LONGEST)
     assert done.stdout == "True\n" * 2, done.stderr
     assert done.stderr.count("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
 
@@ -209,8 +199,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 @needs_proc
 def test_after_the_death_of_a_process_the_job_goes_on_from_its_checkpoint(text: str, tmp_path: Path) -> None:
     with job(tmp_path / "run", text, *torchrun(2, "--max-restarts=1")) as process:
-        os.kill(workers(process.pid)[1], signal.SIGKILL)
-        out, error = process.communicate(timeout=200)
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        out, error = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, error[-4000:]
     assert out.count(f"step {STEPS}: held-out loss") == 1  # one process speaks
     assert out.count(f"step 1/{STEPS}") == 1  # it did not begin again
@@ -224,7 +214,7 @@ def test_sigterm_to_a_job_saves_once_and_all_processes_stop_after_the_same_step(
     with job(tmp_path / "run", text, *launcher) as process:
         before = len(checkpoints(tmp_path / "run" / "training" / "checkpoints"))
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=200)[1]
+        error = process.communicate(timeout=LONGEST)[1]
     said = [line for line in error.splitlines() if line.startswith("hydra-ssm: error")]
     last = checkpoints(tmp_path / "run" / "training" / "checkpoints")[-1].name.removeprefix("checkpoint-")
     assert said == [

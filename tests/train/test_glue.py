@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,6 +16,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import torch
+from processes import alive, children, wait_until
 from scipy import stats
 from sklearn import metrics as sk
 from small_glue import write, write_glue, write_model
@@ -457,14 +457,13 @@ def test_a_killed_run_goes_on_where_it_stopped(
     out = tmp_path / "out"
     command = [sys.executable, "-c", START, *map(str, (model, data, out, 2))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not list((out / "runs").glob("*.json")) and time.time() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: [*out.glob("runs/*.json")], process)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    wait_until(lambda: not any(map(alive, workers)))  # they see that their parent has gone
     before = {path.name: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
     assert 0 < len(before) < 3
-    time.sleep(0.5)  # the workers see that their parent has gone
     glue(model, data, out, tasks=["rte", "sst2"], seeds=[0], jobs=1, say=len, **QUICK)
     assert {name: (out / "runs" / name).stat().st_mtime_ns for name in before} == before
     names = {f"{task}-seed-0.json" for task in ("RTE", "SST-2", "MNLI")}

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from processes import wait_until
 from rich.console import Console
 from timm.task import ClassificationTask
 
@@ -304,9 +304,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flower
     )
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", program, str(flowers), str(out)], stdout=subprocess.DEVNULL)
-    while not list(out.glob("training/checkpoints/checkpoint-[6-9]")):  # in the middle of the second epoch
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: [*out.glob("training/checkpoints/checkpoint-[6-9]")], process)  # amid the second epoch
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "model.safetensors").exists()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import wait_until
 
 pytest.importorskip("timm")
 
@@ -167,9 +167,7 @@ def test_a_killed_comparison_goes_on_to_the_same_bits(digits, tmp_path):
     )
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", program, str(digits), str(out)], env=os.environ)
-    while not list(out.glob("runs/*/checkpoint-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: [*out.glob("runs/*/checkpoint-*")], process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(out.glob("runs/*.json"))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -182,6 +183,12 @@ def test_neither_parts_nor_checkpointing_nor_compilation_change_the_loss(
         torch.testing.assert_close(history(tmp_path / str(i)), history(tmp_path / "0"), rtol=0, atol=1e-5)
 
 
+def written(out: Path) -> dict[Path, bytes]:
+    """The logs of the offline runs of Weights & Biases; it has its own process, which writes on after their end."""
+    wandb.teardown()  # waits for it
+    return {file: file.read_bytes() for file in out.glob("training/wandb/offline-run-*/run-*.wandb")}
+
+
 @pytest.mark.slow
 def test_weights_and_biases_keeps_the_steps_of_a_run_that_went_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +201,7 @@ def test_weights_and_biases_keeps_the_steps_of_a_run_that_went_back(
         (reporter,) = report(None)
         for step in (5, 3):
             reporter.on_log(None, TrainerState(global_step=step), None, logs={"loss": step + 0.0625})  # type: ignore[arg-type]
-    log = next(tmp_path.glob("training/wandb/offline-run-*/run-*.wandb")).read_bytes()
+    (log,) = written(tmp_path).values()
     assert b"5.0625" in log
     assert b"3.0625" in log
 
@@ -227,9 +234,9 @@ def test_weights_and_biases_gets_the_numbers_of_one_run_offline(
         path.unlink()
     os.rmdir(tmp_path / "training/checkpoints/checkpoint-2")
     resume(tmp_path)
-    logs = [*tmp_path.glob("training/wandb/offline-run-*/run-*.wandb")]
+    logs = written(tmp_path)
     assert len(logs) == 2
-    assert len({log.name for log in logs}) == 1  # the same run, before and after
+    assert len({file.name for file in logs}) == 1  # the same run, before and after
     for name in (b"train/loss", b"train/tokens_per_second", b"eval/loss"):
-        assert all(name in log.read_bytes() for log in logs)
+        assert all(name in log for log in logs.values())
     assert not (tmp_path / "training/tensorboard").exists()

@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import wait_until
 from rich.console import Console
 from safetensors.torch import load_file
 from small_text import NOUNS, sentences
@@ -64,12 +63,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hydra_ssm.cli", "pretrain", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not condition():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.01)  # looking takes time from who is looked at
 
 
 def steps_saved(out: Path) -> int:
