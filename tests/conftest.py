@@ -1,6 +1,9 @@
 """What holds for every test: no network, one seed, no surprises from the number of cores or a missing GPU."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read at import by the libraries below, and inherited by the processes that tests start.
 os.environ |= {
@@ -11,6 +14,12 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
 }
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the folder of the process that started it
+    caches = tempfile.mkdtemp(prefix="hydra-ssm-tests-")  # and not the user's
+    atexit.register(shutil.rmtree, caches, ignore_errors=True)  # first to be registered, so after all that writes there
+    os.environ |= {"HF_DATASETS_CACHE": f"{caches}/datasets"}
+    os.environ |= {f"WANDB_{kind}_DIR": f"{caches}/wandb" for kind in ("CACHE", "CONFIG", "DATA")}
 
 import pytest
 import torch
