@@ -28,26 +28,25 @@ def write_plan(plan: DataclassInstance, folder: Path) -> None:
 
 
 def read_plan(kind: type[Plan], folder: Path) -> Plan:
-    """What `write_plan` wrote of such a dataclass, whose sequences are tuples. Raises UserError for anything else."""
+    """What `write_plan` wrote of such a dataclass. Raises UserError for anything else."""
     try:
-        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        return kind(**known_settings(kind, json.loads((folder / NAME).read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {folder / NAME}: {error}") from error
 
 
-def known_settings(kind: type[DataclassInstance], given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is given. Raises UserError where it is no setting of the dataclass."""
+def known_settings(kind: type[DataclassInstance], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, lists as tuples. Raises UserError where it is no setting of the dataclass."""
     if unknown := given.keys() - {field.name for field in fields(kind)}:
         raise UserError(f"there is no setting {', '.join(sorted(unknown))}")
-    return given
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def check_plan(plan: DataclassInstance, given: Mapping[str, Any], folder: Path) -> None:
-    """Raises UserError where other settings are asked for than those of the plan in the folder."""
+def check_plan(plan: DataclassInstance, given: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where other settings are asked for than those of the plan, which `where` has."""
     asked = replace(plan, **known_settings(type(plan), given))  # in the form that the dataclass keeps them in
     for name in given:
         if getattr(plan, name) != getattr(asked, name):
             raise UserError(
-                f"{name} is {getattr(plan, name)} in {folder}, got {getattr(asked, name)}: choose another folder"
+                f"{name} is {getattr(plan, name)} in {where}, got {getattr(asked, name)}: choose another --out"
             )

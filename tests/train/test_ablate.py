@@ -33,6 +33,7 @@ from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, pa
 from hydra_ssm.train.ablation.run import Key
 from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.plans import read_plan
 from hydra_ssm.train.workers import Until, stopping
 
 TINY = {
@@ -253,7 +254,7 @@ def test_on_a_gpu_rows_train_at_once_in_bf16(text: Path, tmp_path: Path) -> None
 
 
 def test_the_loss_is_that_of_the_hidden_tokens_in_float64(done: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
-    plan, data = Plan.read(done[0]), Data(done[0] / "data")
+    plan, data = read_plan(Plan, done[0]), Data(done[0] / "data")
     training = runs._training(plan, data, Key("quasiseparable", 0), tmp_path, quiet)
     inputs, labels = runs.evaluation(data, len(data.held_out))
     assert inputs.shape == (len(data.held_out), plan.length)

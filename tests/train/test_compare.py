@@ -358,6 +358,8 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "runs" / "tokens-bert-seed-0.json").exists()
+    with pytest.raises(UserError, match=r"seeds is \(0, 1\) in the comparison in .*killed, got \(0,\): choose another"):
+        compare(folder, killed, say=lambda _: None, **TINY | {"seeds": [0]})
     again = compare(folder, killed, say=lambda _: None)  # with the settings that it has, and all parts
     assert again["unfinished"] == []
     assert {run["name"] for run in whole["runs"]} < {run["name"] for run in again["runs"]}

@@ -174,7 +174,7 @@ def test_a_killed_comparison_goes_on_to_the_same_bits(digits, tmp_path):
     again = compare(digits, out, rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
     assert again["runs"][0]["curve"] == whole["runs"][0]["curve"]
     assert (out / "images.png").stat().st_size > 5000
-    with pytest.raises(UserError, match=r"epochs is 3 in .*killed, got 4: choose another folder"):
+    with pytest.raises(UserError, match=r"epochs is 3 in .*killed, got 4: choose another --out"):
         compare(digits, out, epochs=4)
 
 

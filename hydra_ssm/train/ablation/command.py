@@ -18,11 +18,12 @@ import torch
 from ...text.messages import quiet
 from ..checkpoints import UNFINISHED
 from ..errors import UserError
+from ..plans import NAME, check_plan, read_plan, write_plan
 from ..workers import Say, speak
 from . import data as store
 from .jobs import run_all
 from .models import GROUPS, choose, config
-from .plan import NAME, SEEDS, SIZES, Plan
+from .plan import SEEDS, SIZES, Plan
 from .report import collect, draw, table, write_csv, write_json
 from .run import DATA, RUNS, Key, read
 
@@ -145,11 +146,11 @@ def _plan(
 ) -> Plan:
     """The plan of the folder, or a new one whose data is made. Mistakes are told before the text is read."""
     begun = (folder / NAME).is_file()
-    plan = Plan.read(folder) if begun else Plan.of(size or USUAL, given)
+    plan = read_plan(Plan, folder) if begun else Plan.of(size or USUAL, given)
     for seed in seeds:
         plan.recipe(seed)  # raises where it is out of its range
     if begun:
-        plan.check(given | ({"size": size} if size else {}), folder)
+        check_plan(plan, given | ({"size": size} if size else {}), f"the ablation that goes on in {folder}")
         store.check_whole(folder / DATA)
         say(f"going on in {folder}, with the settings that it has")
     else:
@@ -157,7 +158,7 @@ def _plan(
             config(plan, row, plan.vocab_size)  # raises where it cannot be matched
         with quiet():
             store.write(plan.recipe(0), plan.held_out_rows, folder / DATA)
-        plan.write(folder)
+        write_plan(plan, folder)
     facts = store.Data(folder / DATA).facts
     say(
         f"{plan.setting}; {facts['train_rows']:,} rows of {facts['length']} tokens to train on, "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
 from ..errors import UserError
+from ..plans import known_settings
 from ..recipe import Recipe
 
-NAME = "plan.json"
 SIZES: dict[str, dict[str, Any]] = {
     # Python's language reference, all rows and two seeds: minutes on 2 cores.
     "small": {
@@ -78,9 +76,7 @@ class Plan:
         """The plan of a size, with what is given in place of its numbers."""
         if size not in SIZES:
             raise UserError(f"a size must be one of {', '.join(SIZES)}, got {size!r}")
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise TypeError(f"an ablation has no option {', '.join(sorted(unknown))}")
-        return cls(size, **{**SIZES[size], **given})
+        return cls(size, **{**SIZES[size], **known_settings(cls, given)})
 
     def __post_init__(self) -> None:
         for name in ("layers", "d_model", "headdim", "d_state", "held_out_rows"):
@@ -105,28 +101,6 @@ class Plan:
             length=self.length, batch_size=self.batch_size, accumulate=self.accumulate, steps=self.steps,
             learning_rate=self.learning_rate, weight_decay=0.02, mask_rate=self.mask_rate, seed=seed,
         )  # fmt: skip
-
-    def write(self, folder: Path) -> None:
-        """Into a file of the folder."""
-        (folder / NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """What `write` wrote. Raises UserError for anything else."""
-        try:
-            found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            return cls(**found | {name: tuple(found[name]) for name in ("sources", "held_out")})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"cannot read {folder / NAME}: {error}") from error
-
-    def check(self, given: Mapping[str, Any], folder: Path) -> None:
-        """Raises UserError where something else is asked for than the plan in the folder says."""
-        for name, value in given.items():
-            if getattr(self, name) != value:
-                raise UserError(
-                    f"{name} is {getattr(self, name)} in the ablation that goes on in {folder}, got {value}: choose "
-                    "another --out"
-                )
 
     @property
     def setting(self) -> str:

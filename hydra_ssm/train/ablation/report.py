@@ -13,6 +13,7 @@ from typing import Any
 
 from ..._extras import require
 from ..checkpoints import whole_file
+from ..plans import read_plan
 from .data import Data
 from .models import REFERENCE
 from .plan import Plan
@@ -32,7 +33,7 @@ ONE_WAY = ("semiseparable", "add", "add_diagonal", "add_shift", "mult", "concat"
 
 def collect(out: Path, keys: Sequence[Key], command: str) -> dict[str, Any]:
     """All that is known of these runs, as JSON has it."""
-    plan, data = Plan.read(out), Data(out / DATA)
+    plan, data = read_plan(Plan, out), Data(out / DATA)
     records = {key: finished(out, key) for key in keys}
     found = [record for record in records.values() if record is not None]
     rows = list(dict.fromkeys(record["row"] for record in found))

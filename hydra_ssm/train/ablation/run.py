@@ -21,6 +21,7 @@ from ..batches import Batches
 from ..checkpoints import newest_whole, remove, whole_file
 from ..errors import UserError
 from ..loop import Course, NotFinite, Training, free_memory
+from ..plans import read_plan
 from ..prepare import EVALUATION_RATE
 from ..rows import EvaluationRows
 from ..trainee import How
@@ -81,7 +82,7 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
         return finished(out, key)
     folder = key.folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    plan, data = Plan.read(out), Data(out / DATA)
+    plan, data = read_plan(Plan, out), Data(out / DATA)
     free_memory(compiled=False)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for a few small kernels many would take longer
     with quiet():

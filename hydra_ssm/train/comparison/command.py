@@ -8,16 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..ablation.command import Interrupted
 from ..errors import UserError
+from ..plans import NAME, check_plan, read_plan, write_plan
 from ..trainee import How
 from ..workers import Event, Say, Until, speak, stopping
 from .data import Data, check_whole
-from .plan import MODELS, NAME, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
+from .plan import MODELS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
 from .report import Report, best_rate, collect, draw_curves, draw_lengths, table, write_json
 from .run import MODELS_FOLDER, RUNS, Record, free_memory, train
 from .tasks import run_tasks, tasks_done
@@ -157,12 +157,10 @@ def _plan(folder: Path, settings: dict[str, Any]) -> Plan:
         if (folder / RUNS).exists():
             raise UserError(f"{folder} must be new or hold a comparison, it has runs and no {NAME}")
         plan = Plan.of(settings)
-        plan.write(folder)
+        write_plan(plan, folder)
         return plan
-    plan = Plan.read(folder)
-    for name, value in asdict(Plan.of(asdict(plan) | settings)).items():
-        if value != getattr(plan, name):
-            raise UserError(f"{name} is {getattr(plan, name)} in the comparison in {folder}, got {value}")
+    plan = read_plan(Plan, folder)
+    check_plan(plan, settings, f"the comparison in {folder}")
     return plan
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
-from ..checkpoints import whole_file
 from ..errors import UserError
+from ..plans import known_settings
 
-NAME = "plan.json"
 MODELS = ("hydra", "bert")
 TEXTS = ("books", "wikitext")  # what is held out; the rate is chosen by the first
 DECAY = 1e-5  # what a step at the highest learning rate takes off the weights, as in the paper
@@ -80,27 +78,9 @@ class Plan:
             raise UserError(f"there must be a seed and rates above 0, got {self.seeds} and {self.rates}")
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Self:
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """With what is given in place of its numbers."""
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise UserError(f"a comparison has no setting {', '.join(sorted(unknown))}")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
-        }
-        return cls(**values)
-
-    def write(self, folder: Path) -> None:
-        """Into a file of the folder."""
-        with whole_file(folder / NAME) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """What `write` wrote. Raises UserError for anything else."""
-        try:
-            return cls.of(json.loads((folder / NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"cannot read {folder / NAME}: {error}") from error
+        return cls(**known_settings(cls, given))
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _plan(folder: Path, size: str | None, given: dict[str, Any], lowered: bool) 
     if (folder / NAME).is_file():
         plan = read_plan(Plan, folder)
         asked = {k: v for k, v in given.items() if not (lowered and k in ("epochs", "tuning_epochs"))}
-        check_plan(plan, asked | ({"size": size} if size else {}), folder)
+        check_plan(plan, asked | ({"size": size} if size else {}), f"the comparison in {folder}")
         return plan
     if folder.is_dir() and any(folder.iterdir()) and [p.name for p in folder.iterdir()] != [DATA]:
         raise UserError(f"{folder} must be new, empty or hold a comparison, it holds {min(folder.iterdir()).name}")
