@@ -59,6 +59,12 @@ def captured(run: Run, device: torch.device) -> Run:
     return graph.replay
 
 
+def renew_generator(device: torch.device) -> None:
+    """After a capture that failed: the state of the device's random numbers believes that it goes on."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
+
+
 def on_gpu(run: Run, device: torch.device, budget: float = 0.2) -> list[float]:
     """Seconds between two events around a run, the L2 cache overwritten before each; about `budget` seconds."""
     with torch.cuda.device(device):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..bench.clock import captured
+from ..bench.clock import captured, renew_generator
 from ..matrices.fusion import fused
 from ..matrices.vandermonde import at_most
 from ..mixer import MatrixMixer
@@ -118,14 +118,13 @@ class Trainee:
             self._compute()
 
     def _capture(self) -> None:
-        generator = torch.cuda.default_generators[self.device.index or torch.cuda.current_device()]
         try:
             self._compute, self.graph = captured(self._forward_and_backward, self.device), True
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation that waits for the device, or reads from the host
             self.say(f"no CUDA graph, training is slower: {_line(error)}")
-            generator.graphsafe_set_state(torch.Generator(self.device))  # the old state believes itself captured
+            renew_generator(self.device)
 
     def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
         """One step of training on all of the parts. Nothing waits for the device."""

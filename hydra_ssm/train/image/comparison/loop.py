@@ -17,6 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ....bench.clock import renew_generator
 from ....bench.machine import device_name
 from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_file, whole_folder
 from ...plans import read_plan
@@ -209,12 +210,6 @@ def forward(model: nn.Module, x: Tensor, criterion: nn.Module | None = None, tar
     with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
         logits = model(x)
     return logits.float() if criterion is None else criterion(logits.float(), target)
-
-
-def renew_generator(device: torch.device) -> None:
-    """After a capture that failed: the state of the device's random numbers believes that it goes on."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
 
 
 class Replayed:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....bench.clock import Run
+from ....bench.clock import Run, renew_generator
 from ....bench.machine import facts
 from ....bench.measure import measure
 from ....bench.report import Row
 from ...checkpoints import whole_file
 from ...workers import Say
 from .jobs import device_works
-from .loop import forward, renew_generator
+from .loop import forward
 from .models import BASE, base, build
 from .plan import Plan
 
