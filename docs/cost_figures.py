@@ -31,7 +31,8 @@ def table(report: dict[str, Any]) -> list[str]:
     columns = ("class", "up to L", "forward, ms", "step, ms", "step, MB")
     columns += ("time: promised", "measured", "memory: promised", "measured")
     lines = [
-        f"`{report['command']}`, {report['date']}, {machine['device']}, {versions}; one sequence, {shape}:", "",
+        f"`{report['command']}`, {report['date']}, {machine['device']}, {versions}; one sequence, {shape}"
+        f"{'; again ' + report['again'] if 'again' in report else ''}:", "",
         f"| {' | '.join(columns)} |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     longest = {p["name"]: Point(**p) for p in report["points"]}  # the last of each

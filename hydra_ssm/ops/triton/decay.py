@@ -293,7 +293,7 @@ class DecaysConfig:
 
 
 GIVEN = DecaysConfig()
-PROJECTED = DecaysConfig(heads=32, values=128, stages=3, warps=8)  # more heads a program: each reads all of x
+PROJECTED = DecaysConfig(heads=2, values=128, stages=3)  # for few tokens: many programs, each of which reads all of x
 
 
 def chunk_decays(
