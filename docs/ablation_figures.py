@@ -20,6 +20,7 @@ RESULTS = DOCS.parent / "results"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- figures: docs/ablation_figures.py writes what follows -->", "<!-- end of figures -->"
 NONE = "-"
+NO_TIMES = "Times a step are left out: on a CPU they are as much those of other programs as of the row."
 
 Report = dict[str, Any]
 PAPER = {  # held-out loss, masked accuracy in %, GLUE average; None: not in the paper
@@ -100,29 +101,37 @@ def order(title: str, ours: dict[str, Report]) -> list[str]:
     return ["By loss, the best first:", "", *(f"- {name}: {', '.join(rows)}" for name, rows in orders.items()), ""]
 
 
+def on_gpus(report: Report) -> bool:
+    """Whether times are those of the rows: steps that a GPU replays. On a CPU they are those of all that it does."""
+    return any(run["graph"] for run in report["runs"])
+
+
 def all_rows(report: Report) -> list[str]:
-    """Every row of a report, the best first."""
+    """Every row of a report, the best first; times a step where they were measured on GPUs."""
     plan, data = report["plan"], report["data"]
-    baseline = data["baseline"]
+    baseline, timed = data["baseline"], on_gpus(report)
     setting = report["setting"][0].upper() + report["setting"][1:]
     about = (
         f"`{report['command']}`, {report['date']}. **{setting}.** {plan['layers']} layers of width {plan['d_model']}, "
         f"{plan['steps']:,} steps of {plan['batch_size']} x {plan['length']} tokens, {data['train_rows']:,} rows of "
-        f"text to train on, {data['held_out_rows']:,} held out. Means and standard deviations over the seeds. Times "
-        f"{clock(report)}."
+        f"text to train on, {data['held_out_rows']:,} held out. Means and standard deviations over the seeds. "
+        + (f"Times {clock(report)}." if timed else NO_TIMES)
     )
     lines = [
         textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False), "",
-        "| row | N | parameters | held-out loss | accuracy, % | ms a step | seeds |", "|---|---|---|---|---|---|---|",
+        f"| row | N | parameters | held-out loss | accuracy, % | {'ms a step | ' * timed}seeds |",
+        f"|---|---|---|---|---|{'---|' * timed}---|",
     ]  # fmt: skip
     for row in report["rows"]:
         cells = [
             row["row"], str(row["state"] or NONE), f"{row['parameters']:,}", *result(report, row["row"]),
-            plus_minus(row["seconds_a_step"], 1000, ".1f"),
+            *([plus_minus(row["seconds_a_step"], 1000, ".1f")] if timed else []),
             str(len(row["seeds"])) + (f", {len(row['diverged'])} diverged" if row["diverged"] else ""),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"| word frequencies alone | | | {baseline['loss']:.3f} | {100 * baseline['accuracy']:.1f} | | |")
+    lines.append(
+        f"| word frequencies alone | | | {baseline['loss']:.3f} | {100 * baseline['accuracy']:.1f} | {'| ' * timed}|"
+    )
     return [*lines, ""]
 
 

@@ -22,7 +22,7 @@ from .workers import Say, Until
 
 STATE = "state.pt"
 # Of a run, besides weights and optimizer.
-KEPT = ("done", "logged", "seconds", "warm_up", "curve", "training", "devices")
+KEPT = ("done", "logged", "seconds", "timed", "warm_up", "curve", "training", "paces", "devices")
 Evaluations = dict[str, tuple[Tensor, Tensor]]  # (inputs, labels) of each held-out text, (rows, length)
 
 
@@ -114,9 +114,11 @@ class Training:
             name: (inputs.to(self.device), labels.to(self.device)) for name, (inputs, labels) in texts.items()
         }
         self.trainee = Trainee(net, course.rate, course.decay, course.clip, self.device, how, say)
-        self.done, self.logged, self.seconds, self.warm_up = 0, 0, 0.0, 0.0
+        self.done, self.logged = 0, 0  # steps: all, and those before the last entry of `training`
+        self.seconds, self.timed, self.warm_up = 0.0, 0.0, 0.0  # of all steps, of those before that entry, before all
         self.curve: list[dict[str, float]] = []
         self.training: list[list[float]] = []  # step, loss, accuracy
+        self.paces: list[float] = []  # seconds a step, of the steps before each of these
         self.devices: list[str] = []  # that it has run on
         self._said = time.monotonic()
 
@@ -158,8 +160,10 @@ class Training:
         return True
 
     def _log(self) -> None:
-        found = self.trainee.means(self.done - self.logged)
-        self.logged = self.done
+        steps = self.done - self.logged
+        found = self.trainee.means(steps)
+        self.paces.append((self.seconds - self.timed) / steps)
+        self.logged, self.timed = self.done, self.seconds
         if not math.isfinite(found.loss):
             raise NotFinite(f"by step {self.done}, its loss is {found.loss}")
         self.training.append([self.done, round(found.loss, 5), round(found.accuracy, 5)])
@@ -200,4 +204,4 @@ class Training:
         self.trainee.optimizer.load_state_dict(state["optimizer"])
         self.trainee.total.copy_(state["total"])
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # an earlier version has kept less

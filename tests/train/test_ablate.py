@@ -33,6 +33,7 @@ from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, pa
 from hydra_ssm.train.ablation.run import Key
 from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.loop import Clock
 from hydra_ssm.train.plans import read_plan
 from hydra_ssm.train.workers import Until, stopping
 
@@ -205,6 +206,29 @@ def test_a_record_has_the_whole_curves(done: tuple[Path, dict, list[str]]) -> No
             assert run["held_out"][name][-1] == pytest.approx(run[name], rel=1e-5)
         assert run["held_out"]["loss"][-1] < run["held_out"]["loss"][0]  # it learns
         assert 0 < run["seconds_a_step"] < 5
+
+
+class Stalls(Clock):
+    """Seconds that a machine takes which stands still in every fourth stretch."""
+
+    stretches = 0
+
+    def stop(self) -> None:
+        self.stretches += 1
+        self.seconds += 9.0 if self.stretches % 4 == 0 else 0.5
+
+
+def test_a_time_a_step_is_of_the_row_and_not_of_what_holds_the_machine_up(
+    done: tuple[Path, dict, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_ssm.train.loop.Clock", Stalls)
+    out, key = tmp_path / "out", Key("toeplitz", 0)
+    ablate(done[0] / "data", out, **ONE | {"limit": 0}, say=quiet, **{**TINY, "steps": 200})
+    assert runs.train(out, key, Until(After(91), math.inf), 1, quiet) is None  # between two logs
+    assert runs.steps_done(out, key) == 91
+    (run,) = ablate(out=out, say=quiet, **ONE)["runs"]
+    assert len(run["training"]["step"]) == 100
+    assert run["seconds_a_step"] == 0.25  # half a second for two steps
 
 
 def test_csv_has_a_line_a_run_and_the_picture_is_drawn(done: tuple[Path, dict, list[str]]) -> None:
@@ -564,6 +588,21 @@ def test_a_result_stands_beside_the_papers(script: ModuleType, done: tuple[Path,
     assert "| add | 1.68 | 65.6 | 80.6 | - | - | - | - |" in text
     assert "By loss" not in text  # there is an order where all rows are there
     assert (script.DOCS / "pictures" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_times_stand_on_the_page_where_a_gpu_took_them(script: ModuleType) -> None:
+    report = script.read("ablation_small")
+    page = "\n".join(script.all_rows(report))
+    assert "ms a step" not in page
+    assert script.NO_TIMES in page.replace("\n", " ")
+    report["runs"] = [{**run, "graph": True} for run in report["runs"]]
+    page = "\n".join(script.all_rows(report))
+    assert script.NO_TIMES not in page.replace("\n", " ")
+    assert "| ms a step |" in page
+    for row in report["rows"]:
+        time = row["seconds_a_step"]
+        assert f"| {1e3 * time['mean']:.1f} ± {1e3 * time['spread']:.1f} | {len(row['seeds'])} |" in page
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 
 def test_the_orders_of_the_paper_and_of_ours_are_told(script: ModuleType) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +147,7 @@ def _facts(plan: Plan, key: Key, training: Training) -> Record:
 def _curves(training: Training) -> Record:
     names = ("step", f"{HELD_OUT}_loss", f"{HELD_OUT}_accuracy")
     return {
-        "seconds_a_step": training.seconds / training.done,
+        "seconds_a_step": median(training.paces),  # what holds up some of the steps does not show
         "training": _curve(training.training),
         "held_out": _curve([[point[name] for name in names] for point in training.curve]),
     }
