@@ -12,6 +12,7 @@ from ..ops import Order
 
 Grid = tuple[int, ...]
 Step = tuple[int, int]
+Key = tuple[str, Grid, int, torch.device]
 
 
 def row(grid: Grid) -> Tensor:
@@ -53,7 +54,8 @@ def hilbert(grid: Grid) -> Tensor:
 
 ORDERS: dict[str, Callable[[Grid], Tensor]] = {"row": row, "column": column, "snake": snake, "hilbert": hilbert}
 MOST_MADE = 256  # orders that are kept; of pictures of more sizes the oldest are made anew
-_MADE: dict[tuple[str, Grid, int, torch.device], tuple[Order, ...]] = {}
+_MADE: dict[Key, tuple[Order, ...]] = {}
+_CAPTURED: set[Key] = set()  # CUDA graphs read these where they lie, for as long as the process lives: never freed
 
 
 def parse(order: str) -> list[list[str]]:
@@ -98,10 +100,18 @@ def reading(
     if torch.compiler.is_compiling():
         return _MADE.get(key) or tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
     if key not in _MADE:
-        if len(_MADE) >= MOST_MADE:
-            del _MADE[next(iter(_MADE))]  # the oldest
-        _MADE[key] = tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
+        if len(_MADE) - len(_CAPTURED) >= MOST_MADE:
+            del _MADE[next(old for old in _MADE if old not in _CAPTURED)]  # the oldest
+        with torch.inference_mode(False):  # what is evaluated with first may be trained with later
+            _MADE[key] = tuple(Order.of(t.to(device)) for t in places(order, key[1], prefix))
+    if _is_captured(key[3]):
+        _CAPTURED.add(key)
     return _MADE[key]
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether what runs on the device now is becoming a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _numbered(grid: Grid) -> Tensor:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from hydra_ssm import Encoder
 from hydra_ssm.ops import Order
-from hydra_ssm.vision import ORDERS, orders, places, reading
+from hydra_ssm.vision import ORDERS, DropIn, HydraViT, orders, places, reading
 
 GRIDS = [(1, 1), (1, 5), (4, 4), (3, 5), (6, 4), (14, 14), (2, 3, 4), (4, 4, 4), (7,)]
 OPTIONS = {"d_state": 4, "headdim": 8}
@@ -77,6 +77,37 @@ def test_orders_of_many_sizes_do_not_pile_up(monkeypatch):
     kept = [reading("column", (2, n)) for n in range(1, 6)]
     assert len(orders._MADE) == 3
     assert reading("column", (2, 5)) is kept[-1]
+
+
+def test_what_a_cuda_graph_reads_is_never_freed(monkeypatch):
+    monkeypatch.setattr(orders, "MOST_MADE", 3)
+    monkeypatch.setattr(orders, "_MADE", {})
+    monkeypatch.setattr(orders, "_CAPTURED", set())
+    warmed_up = reading("column", (2, 1))
+    with monkeypatch.context() as capture:
+        capture.setattr(orders, "_is_captured", lambda device: True)
+        assert reading("column", (2, 1)) is warmed_up
+    for n in range(2, 9):
+        reading("column", (2, n))
+    assert reading("column", (2, 1)) is warmed_up
+    assert len(orders._MADE) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [(HydraViT, spec) for spec in ("row", "column", "row,hilbert", "row+column")]
+    + [(DropIn, spec) for spec in ("column", "row+column")],
+)
+def test_what_was_evaluated_first_can_be_trained(make, spec, monkeypatch):
+    """An order is kept for the whole process: it must not be one that only inference may use."""
+    monkeypatch.setattr(orders, "_MADE", {})
+    own = {"num_heads": 2} if make is DropIn else {}
+    model = make(img_size=8, patch_size=2, embed_dim=16, depth=2, num_classes=2, order=spec, **own, **OPTIONS)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------- the encoder reads in any order

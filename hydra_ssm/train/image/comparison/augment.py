@@ -27,7 +27,8 @@ GREY, SMOOTH = (0.299, 0.587, 0.114), (1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1
 @cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers on a device, copied there once: each copy would wait for all that the device still has to do."""
-    return torch.tensor(values, device=device)
+    with torch.inference_mode(False):  # they serve training too
+        return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True)
