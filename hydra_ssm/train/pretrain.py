@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
 from .reporters import check_installed, reporting
-from .trainer import EvaluateAtTheEnd, GivenIntervals, MaskedLMTrainer, arguments, evaluated
+from .trainer import EvaluateAtTheEnd, GivenIntervals, Interrupted, MaskedLMTrainer, arguments, evaluated
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
@@ -124,7 +125,8 @@ class Run:
         ):
             checkpoint = self.team.first_does(self._newest)
             trainer = self._trainer([*([bar] if self.team.first else []), stop, *report(checkpoint)])
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with suppress(Interrupted):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if step < self.recipe.steps or not evaluated(trainer.state):
                 assert stop.received is not None

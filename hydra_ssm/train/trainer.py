@@ -197,12 +197,16 @@ class MaskedLMTrainer(WholeCheckpoints):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Loss and masked accuracy, each the mean over hidden tokens, of the held-out rows.
 
-        Nothing where it is asked to stop: the training is saved and stops, too.
+        Nothing where it is asked to stop: the training is saved and stops, too. Raises Interrupted instead in the
+        evaluation that a resumed run begins with: Trainer would train a step before it stops.
         """
         started = time.perf_counter()
+        begins, self.args.eval_on_start = self.args.eval_on_start, False
         try:
             score = self.score()
         except Interrupted:
+            if begins:
+                raise  # the checkpoint that it was resumed from is that of this step
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}

@@ -127,12 +127,13 @@ def test_a_run_that_is_stopped_in_an_evaluation_is_saved_and_evaluates_when_it_g
     for path in checkpoints(folder.checkpoints):
         if after < 50 or int(path.name.split("-")[1]) > after:
             shutil.rmtree(path)
-    run = Hurried(folder, Console(quiet=True))
-    run.after = after
-    with pytest.raises(Stopped, match=f"stopped and saved after step {step} of 60"):
-        run.train()
-    assert run.read == 2  # and no batch more
-    assert steps_saved(tmp_path) == step
+    for saved in (after, step):  # the second time in the evaluation that it begins with
+        run = Hurried(folder, Console(quiet=True))
+        run.after = saved
+        with pytest.raises(Stopped, match=f"stopped and saved after step {step} of 60"):
+            run.train()
+        assert run.read == 2  # and no batch more
+        assert steps_saved(tmp_path) == step
     resume(tmp_path)
     assert_same_bits(tmp_path, finished)
     again, whole = (json.loads((out / "metrics.json").read_text())["history"] for out in (tmp_path, finished))
