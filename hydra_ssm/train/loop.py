@@ -165,7 +165,7 @@ class Training:
         self.paces.append((self.seconds - self.timed) / steps)
         self.logged, self.timed = self.done, self.seconds
         if not math.isfinite(found.loss):
-            raise NotFinite(f"by step {self.done}, its loss is {found.loss}")
+            raise NotFinite(f"by step {self.done}, its loss is {found.loss}{self.trainee.doubt()}")
         self.training.append([self.done, round(found.loss, 5), round(found.accuracy, 5)])
 
     def _evaluate(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..bench.clock import captured, renew_generator
 from ..matrices.fusion import fused
-from ..matrices.vandermonde import at_most
+from ..matrices.vandermonde import Vandermonde, at_most
 from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED
@@ -26,7 +26,10 @@ LARGEST = 64.0  # that a Vandermonde mixer's features ever are: normal ones stay
 
 @dataclass(frozen=True)
 class How:
-    """What makes a GPU's run fast. None of it changes what is computed but for rounding."""
+    """What makes a GPU's run fast. None of it changes what is computed but for rounding.
+
+    Where there is a graph, a Vandermonde mixer's product is NaN once a feature is beyond LARGEST.
+    """
 
     graph: bool = True
     compile: bool = True  # layers and loss
@@ -82,6 +85,7 @@ class Trainee:
         self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
         self.graph, self.fuse = False, how.fuse and device.type == "cuda"  # whether it has one, whether it does
+        self.bounded = how.graph and device.type != "cpu"  # whether features beyond LARGEST are NaN
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
         self.total = torch.zeros(3, device=device)  # of the parts since it was read
         self._compute: Callable[[], Any] = self._forward_and_backward
@@ -124,6 +128,7 @@ class Trainee:
             raise
         except RuntimeError as error:  # an operation that waits for the device, or reads from the host
             self.say(f"no CUDA graph, training is slower: {_line(error)}")
+            self.bounded = False
             renew_generator(self.device)
 
     def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
@@ -156,6 +161,13 @@ class Trainee:
         loss, right, hidden = self.total.tolist()
         self.total.zero_()
         return Means(loss / max(1, steps), right / max(1.0, hidden))
+
+    def doubt(self) -> str:
+        """What else than a divergence may have made a loss of the training NaN."""
+        mixers = [m for m in self.net.modules() if isinstance(m, MatrixMixer)]
+        if not self.bounded or not any(issubclass(m.matrix_class, Vandermonde) for m in mixers):
+            return ""
+        return f" (or a feature of vandermonde is beyond {LARGEST:g}, which is nan where there is a CUDA graph)"
 
     @torch.no_grad()
     def score(self, inputs: Tensor, labels: Tensor, batch_tokens: int) -> Score:
@@ -197,7 +209,7 @@ class Trainee:
     def _settings(self) -> Iterator[None]:
         """Of the mixers: a graph has the same operations for all values, elsewhere they are those that are seen."""
         with ExitStack() as stack:
-            if self.how.graph and self.device.type != "cpu":
+            if self.bounded:
                 stack.enter_context(at_most(LARGEST))
             if self.fuse:
                 stack.enter_context(fused())

@@ -1,6 +1,8 @@
 """What a CUDA graph needs of a training step: no operation reads values to the host, or brings any from there."""
 
+import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hydra_ssm.matrices import MATRICES
+from hydra_ssm.matrices import MATRICES, vandermonde
 from hydra_ssm.matrices.fusion import fused
 from hydra_ssm.matrices.vandermonde import Vandermonde, at_most
 from hydra_ssm.text import HydraForMaskedLM
 from hydra_ssm.train.ablation import Plan, all_rows
 from hydra_ssm.train.ablation.models import config
 from hydra_ssm.train.batches import Batch
-from hydra_ssm.train.trainee import LARGEST, How, Trainee
+from hydra_ssm.train.loop import Course, NotFinite, Training
+from hydra_ssm.train.trainee import LARGEST, How, Means, Trainee
 
 META = torch.device("meta")  # whose tensors have no values: to read one raises
 
@@ -38,11 +41,15 @@ class FromHost(TorchDispatchMode):
         return result
 
 
+def model(row: str, length: int = 16) -> HydraForMaskedLM:
+    plan = Plan.of("small", {"layers": 1, "d_model": 16, "headdim": 4, "length": length, "unmatched": True})
+    return HydraForMaskedLM(config(plan, row, 64))
+
+
 def trainee(row: str, length: int = 16) -> Trainee:
     """A model without values, as on a GPU that is to capture it, but for kernels in Triton."""
-    plan = Plan.of("small", {"layers": 1, "d_model": 16, "headdim": 4, "length": length, "unmatched": True})
     with META:
-        net = HydraForMaskedLM(config(plan, row, 64))
+        net = model(row, length)
     made = Trainee(net, 1e-3, 0.01, 1.0, META, How(compile=False), print)
     net.train()
     numbers = {"dtype": torch.long, "device": META}
@@ -101,6 +108,38 @@ def test_beyond_the_bound_vandermonde_is_nan_and_not_a_little_wrong() -> None:
         q[0, 5, 0, 2] = 8.1
         assert (Vandermonde(None, q, k, 1.0) @ x).isnan().all()
     assert (Vandermonde(None, q, k, 1.0) @ x).isfinite().all()
+
+
+def test_a_loss_that_the_bound_may_have_made_nan_says_so(tmp_path: Path) -> None:
+    course = Course("its name", 1, 1e-3, 0.01, 1.0, 0, 1, evaluate_first=False, batch_tokens=32, save_after=60.0)
+    training = Training(course, [], {}, model("vandermonde"), tmp_path, How(), print)  # type: ignore[arg-type]
+    found = {}
+    for row in ("vandermonde", "cauchy"):
+        training.trainee, training.done, training.logged = trainee(row), 1, 0
+        training.trainee.means = lambda _: Means(math.nan, 0.0)  # type: ignore[method-assign]
+        with pytest.raises(NotFinite, match="by step 1, its loss is nan") as error:
+            training._log()
+        found[row] = str(error.value)
+    assert "or a feature of vandermonde is beyond 64" in found["vandermonde"]
+    assert "beyond" not in found["cauchy"]
+
+
+def test_without_a_graph_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    said: list[str] = []
+    made = trainee("vandermonde")
+    made.say = said.append
+    with made._settings():
+        assert vandermonde._bound == LARGEST
+    monkeypatch.setattr("hydra_ssm.train.trainee.captured", fails)
+    monkeypatch.setattr("hydra_ssm.train.trainee.renew_generator", lambda _: None)
+    made._capture()
+    assert said == ["no CUDA graph, training is slower: RuntimeError: operation not permitted when stream is capturing"]
+    assert not made.graph
+    with made._settings():
+        assert vandermonde._bound is None
 
 
 @pytest.mark.slow
