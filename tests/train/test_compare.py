@@ -276,6 +276,9 @@ def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
         ({"tokens": 5}, "tokens must be at least batch_tokens"),
         ({"mask_rate": 0.0}, "mask_rate must be above 0"),
         ({"epochs": 3}, "no setting epochs"),
+        ({"seeds": (0, -1)}, r"seeds must be at least 0 and below 1000000, got \(0, -1\)"),
+        ({"seeds": (1_000_000,)}, r"seeds must be at least 0 and below 1000000, got \(1000000,\)"),
+        ({"task_seeds": (-1,)}, r"seeds must be at least 0 and below 1000000, got .* and \(-1,\)"),
     ],
 )
 def test_a_wrong_plan_says_so(given: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from ..plans import known_settings
 MODELS = ("hydra", "bert")
 TEXTS = ("books", "wikitext")  # what is held out; the rate is chosen by the first
 DECAY = 1e-5  # what a step at the highest learning rate takes off the weights, as in the paper
-GOING_ON = 1_000_000  # far from every seed that one gives
+GOING_ON = 1_000_000  # above every seed
 WHOLE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE")
 
 
@@ -76,6 +76,8 @@ class Plan:
             raise UserError(f"mask_rate must be above 0 and at most 1, got {self.mask_rate}")
         if not self.rates or not all(rate > 0 for rate in self.rates) or not self.seeds:
             raise UserError(f"there must be a seed and rates above 0, got {self.seeds} and {self.rates}")
+        if not all(0 <= seed < GOING_ON for seed in (*self.seeds, *self.task_seeds)):
+            raise UserError(f"seeds must be at least 0 and below {GOING_ON}, got {self.seeds} and {self.task_seeds}")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
