@@ -134,8 +134,8 @@ def image_eval(
 
     Args:
         folder: What image train wrote.
-        data: As for image train. The held-out part is taken where it has a division, or the run in DIR has divided it;
-            otherwise all of it.
+        data: As for image train. The held-out part is taken where it has a division; otherwise all pictures that the
+            run in DIR was not trained on.
         batch_size: Pictures at once.
         workers: Processes that read pictures.
     """

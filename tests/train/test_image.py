@@ -24,7 +24,7 @@ from timm.task import ClassificationTask
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
-from hydra_ssm.train.image import progress, sources, training
+from hydra_ssm.train.image import evaluation, progress, sources, training
 from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
@@ -224,21 +224,52 @@ def test_one_shard_is_a_data_set(flowers, tmp_path):
     assert not set(first.index) & set(held_out.index)
 
 
-def test_a_run_is_evaluated_on_what_it_was_not_trained_on(run, flowers, tmp_path, monkeypatch):
-    """Its own pictures are divided as it divided them; others are all new to it."""
-    import hydra_ssm.train.image.evaluation as evaluation
+def test_a_run_is_evaluated_on_what_it_was_not_trained_on(flowers, tmp_path, monkeypatch):
+    """Wherever one stands, wherever its pictures have been copied to, and whatever has been added to them."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(flowers / "train", tmp_path / "flowers")
+    monkeypatch.chdir(tmp_path)
+    train(ImageRecipe.of(data="flowers", **TINY, **PLAIN, seed=3), Path("out"))
+    _, held_out, _ = open_parts("flowers", 3)
+    kept = seen(held_out)
+    monkeypatch.setattr(evaluation, "open_held_out", lambda *given: asked.append(open_held_out(*given)) or asked[-1])
+    asked: list[Part] = []
 
-    asked = []
-    monkeypatch.setattr(evaluation, "open_held_out", lambda *given: asked.append(given) or open_held_out(*given))
-    for seed, data in ((3, str(flowers / "train")), (3, str(flowers / "val"))):
-        folder = tmp_path / Path(data).name
-        shutil.copytree(run, folder)
-        recipe = json.loads((folder / "training" / "recipe.json").read_text())
-        recipe |= {"seed": seed, "data": str(flowers / "train")}
-        (folder / "training" / "recipe.json").write_text(json.dumps(recipe))
-        found = evaluation.evaluate(folder, data, workers=0, say=lambda _: None)
-        assert found["raw"]["pictures"] == {"train": 3, "val": 15}[Path(data).name]
-    assert [given[2:] for given in asked] == [(3, True), (3, False)]
+    def evaluated(folder: str, data: str) -> list[tuple[bytes, int]]:
+        evaluation.evaluate(Path(folder), data, workers=0, say=lambda _: None)
+        return seen(asked[-1])
+
+    assert evaluated("out", "flowers") == kept
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        (tmp_path / "new" / name).mkdir(parents=True)
+        coloured(colour, 900 + i).save(tmp_path / "new" / name / "00.png")  # named as one that was trained on
+    assert len(evaluated("out", "new")) == 3
+    shutil.copytree("flowers", "copy")
+    coloured(COLOURS["red"], 999).save("copy/red/new.png")
+    assert evaluated("out", "copy") == sorted([*kept, (Path("copy/red/new.png").read_bytes(), 2)])
+    monkeypatch.chdir("elsewhere")
+    assert evaluated("../out", "../flowers") == kept
+    assert resume(Path("../out"), {"data": "../flowers"})["held_out_pictures"] == 3
+    assert Path(json.loads(Path("../out/training/recipe.json").read_text())["data"]) == tmp_path / "flowers"
+    assert "trained on flowers\n" in Path("../out/README.md").read_text()
+
+
+def test_shards_and_data_sets_know_again_what_was_trained_on(flowers, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = sorted((flowers / "train").rglob("*.png"))
+    rows = [{"image": {"bytes": p.read_bytes(), "path": None}, "label": p.parent.name} for p in paths]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    (tmp_path / "shards").mkdir()
+    shards(flowers, tmp_path / "shards", with_cls=False)
+    for path in (tmp_path / "shards").glob("*-val-*"):
+        path.unlink()
+    for name in ("saved", "shards"):
+        first, held_out, classes = open_parts(str(tmp_path / name), 1)
+        shutil.copytree(tmp_path / name, tmp_path / "copies" / name)
+        assert seen(open_held_out(str(tmp_path / "copies" / name), classes, first.marks())) == seen(held_out)
+        with pytest.raises(UserError, match="trained on all of these 36 pictures"):
+            open_held_out(str(tmp_path / name), classes, np.concatenate([first.marks(), held_out.marks()]))
 
 
 def test_a_damaged_shard_gives_the_pictures_before_the_damage(flowers, tmp_path):

@@ -102,7 +102,7 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     kinds = {"averaged": False, "raw": True} if (folder / RAW).is_file() else {"averaged": False}
     trained = {name: load(folder, device, raw=raw) for name, raw in kinds.items()}
     _, config, classes = trained["averaged"]
-    part = open_held_out(data, classes, *_division(folder, data))
+    part = open_held_out(data, classes, ImageFolder(folder).trained_on())
     models = {name: one.model for name, one in trained.items()}
     results, notes = score(models, part, config, device, batch_size=batch_size, workers=number_of_workers(workers))
     for name, result in results.items():
@@ -115,17 +115,6 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     for line in told(notes):
         say(line)
     return {**{name: asdict(result) for name, result in results.items()}, "notes": notes}
-
-
-def _division(folder: Path, data: str | None) -> tuple[int, bool]:
-    """The seed that the run in the folder divided its pictures with, and whether it did so with these."""
-    run = ImageFolder(folder)
-    if not run.exists():
-        return 0, False
-    recipe = run.read_settings()
-    if data is None or recipe.data is None:
-        return recipe.seed, recipe.data is None
-    return recipe.seed, data == recipe.data or Path(data).resolve() == Path(recipe.data).resolve()
 
 
 def told(notes: Notes) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..folder import RunFolder
 from .recipe import ImageRecipe
 
-DATA = "data.json"
+DATA, TRAINED_ON = "data.json", "trained_on.npy"
 
 
 class ImageFolder(RunFolder):
@@ -27,3 +29,8 @@ class ImageFolder(RunFolder):
     def read_data(self) -> dict[str, Any]:
         """What the pictures were when the run began."""
         return json.loads((self.training / DATA).read_text(encoding="utf-8"))
+
+    def trained_on(self) -> np.ndarray | None:
+        """The marks of the pictures that the run trains on, sorted. None where they are not known."""
+        file = self.training / TRAINED_ON
+        return np.load(file, allow_pickle=False) if self.exists() and file.is_file() else None

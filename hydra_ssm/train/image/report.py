@@ -82,7 +82,8 @@ def finish(run: Run, baseline: tuple[str, float]) -> dict[str, Any]:
 def _card(run: Run, metrics: dict[str, Any]) -> str:
     recipe = vars(run.recipe)
     facts = {
-        **recipe, "data": recipe["data"] or "scikit-learn's digits", "randaugment": recipe["randaugment"] or "none",
+        **recipe, "data": Path(recipe["data"]).name if recipe["data"] else "scikit-learn's digits",
+        "randaugment": recipe["randaugment"] or "none",
         "averaged_top1": metrics["averaged"]["top1"], "averaged_top5": metrics["averaged"]["top5"],
         "raw_top1": metrics["raw"]["top1"], "raw_top5": metrics["raw"]["top5"], "baseline": metrics["baseline"]["top1"],
         "baseline_name": metrics["baseline"]["name"], "steps_an_epoch": run.order.steps,

@@ -58,6 +58,24 @@ class Part:
             digest.update(f"{self.source.name(i)}\t{self.source.labels[i]}\n".encode())
         return digest.hexdigest()
 
+    def marks(self) -> np.ndarray:
+        """(pictures,) uint64 of what they hold, by which they are known wherever they have been moved. Reads them."""
+        found = b"".join(hashlib.blake2b(self._content(i), digest_size=8).digest() for i in self.index)
+        return np.frombuffer(found, dtype="<u8")
+
+    def _content(self, i: int) -> bytes:
+        try:
+            return self.source.read(i)
+        except OSError:  # a file that cannot be read is told of when its turn comes
+            return self.source.name(i).encode()
+
+
+def in_full(data: str | None) -> str | None:
+    """The name of the data from wherever one stands: a file's or a folder's whole path."""
+    if data is None or not Path(data).expanduser().exists():
+        return data
+    return str(Path(data).expanduser().resolve())
+
 
 def open_parts(data: str | None, seed: int = 0) -> tuple[Part, Part, list[str]]:
     """(training pictures, held-out pictures, names of the classes). Raises UserError.
@@ -71,24 +89,27 @@ def open_parts(data: str | None, seed: int = 0) -> tuple[Part, Part, list[str]]:
     if not path.exists():
         return _of_splits(_hub(data), data, seed)
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return _of_splits(_saved(path), data, seed)
+        return _of_splits(_saved(path), path.name, seed)
     if (shards := _shards(path)) and not _has_pictures(path):  # else they lie there by chance
         return _of_shards(shards, path, seed)
     if path.is_dir() and (any(path.rglob("*.parquet")) or any(path.rglob("*.arrow"))):
-        return _of_splits(_hub(str(path)), data, seed)
+        return _of_splits(_hub(str(path)), path.name, seed)
     if path.is_file():
         raise UserError(f"{path} must be a folder, a .tar or the name of a data set")
     return _of_folders(path, seed)
 
 
-def open_held_out(data: str | None, classes: Sequence[str], seed: int = 0, trained: bool = False) -> Part:
+def open_held_out(data: str | None, classes: Sequence[str], trained_on: np.ndarray | None = None) -> Part:
     """The pictures to evaluate on, with labels that count in `classes`. Raises UserError.
 
-    seed, trained: of the model's run, and whether it was trained on a part of these.
+    The held-out part of data that is divided, and of other data all that the model was not trained on.
+
+    Args:
+        trained_on: the marks of the pictures that it was trained on, as far as they are known.
     """
-    train, held_out, found = open_parts(data, seed)
-    if data is not None and not trained and not _is_divided(train, held_out):
-        held_out = Part(train.source, sorted([*train.index, *held_out.index]))  # all are new to the model
+    train, held_out, found = open_parts(data)
+    if not is_divided(train, held_out):
+        held_out = _but(Part(train.source, sorted([*train.index, *held_out.index])), trained_on)
     if unknown := [name for name in found if name not in classes]:
         raise UserError(f"the classes must be those of the model, {', '.join(classes[:5])}, ..., got {unknown[0]}")
     number = [list(classes).index(name) for name in found]
@@ -96,7 +117,19 @@ def open_held_out(data: str | None, classes: Sequence[str], seed: int = 0, train
     return held_out
 
 
-def _is_divided(train: Part, held_out: Part) -> bool:
+def _but(whole: Part, trained_on: np.ndarray | None) -> Part:
+    """What a model was not trained on. Raises UserError where that is nothing."""
+    if trained_on is None:
+        return whole
+    new = Part(
+        whole.source, [i for i, old in zip(whole.index, np.isin(whole.marks(), trained_on), strict=True) if not old]
+    )
+    if not len(new):
+        raise UserError(f"the model was trained on all of these {len(whole)} pictures: there must be some that are new")
+    return new
+
+
+def is_divided(train: Part, held_out: Part) -> bool:
     return train.source is not held_out.source
 
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,13 @@ from ..checkpoints import newest_whole, remove_old, remove_unfinished, whole_fol
 from ..errors import Diverged, Stopped, UserError
 from ..workers import stopping
 from .evaluation import number_of_workers, score
-from .folder import DATA, ImageFolder
+from .folder import DATA, TRAINED_ON, ImageFolder
 from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, training_transform
 from .progress import Shown
 from .recipe import ImageRecipe
 from .report import finish
 from .result import create, on_device
-from .sources import Part, logistic_regression, most_frequent, open_parts
+from .sources import Part, in_full, is_divided, logistic_regression, most_frequent, open_parts
 
 STATE = "state.pt"
 SAY_EVERY = 1.0  # seconds
@@ -56,7 +56,7 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
         UserError: a mistake of the user's, training that diverges, or a full disk; what was saved before is intact.
         Stopped: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    folder = ImageFolder(out)
+    folder, recipe = ImageFolder(out), replace(recipe, data=in_full(recipe.data))
     with processes() as (rank, world, device):
         _check_divides(recipe, world)
         parts = None
@@ -68,6 +68,8 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
             with folder.begin(overwrite) as part:
                 (part / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
                 (part / DATA).write_text(json.dumps(_facts(*parts)) + "\n", encoding="utf-8")
+                if not is_divided(*parts[:2]):  # an evaluation must know what was held out
+                    np.save(part / TRAINED_ON, np.sort(parts[0].marks()))
         _wait(world)
         return Run(folder, rank, world, device, parts).train()
 
@@ -87,7 +89,10 @@ def resume(out: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any] 
     """
     folder = ImageFolder(out)
     recorded = asdict(folder.read_settings())
-    for name, value in (given or {}).items():
+    asked = dict(given or {})
+    if "data" in asked:
+        asked["data"], recorded["data"] = in_full(asked["data"]), in_full(recorded["data"])
+    for name, value in asked.items():
         if name != "workers" and recorded[name] != value:
             raise UserError(f"{name} is {recorded[name]} in the run that goes on in {out}, got {value}")
     if folder.result():
