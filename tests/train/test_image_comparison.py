@@ -297,6 +297,30 @@ def test_what_came_back_from_a_machine_goes_on_on_another(digits, tmp_path):
     assert again["rows"][0]["seeds"] == [0, 1]
 
 
+def test_a_comparison_is_of_the_pictures_that_it_began_with(digits, tmp_path):
+    """Whatever it is asked for: nothing is reported of others under their name."""
+    options = {"rows": ["vit"], "stages": ["tuning"], **TINY}
+    compare(str(digits), tmp_path / "of a folder", **options)
+    other = tmp_path / "data"  # of the same name
+    shutil.copytree(digits, other)
+    labels = np.load(other / "test-labels.npy")
+    np.save(other / "test-labels.npy", labels[::-1])
+    (other / "manifest.json").unlink()
+    write_manifest(other)
+    with pytest.raises(UserError, match=r"is of digits \(320 and 80 pictures\), got others of digits .*another --out"):
+        compare(other, tmp_path / "of a folder", **options)
+
+    shutil.copytree(digits, tmp_path / "cmp" / "data")
+    compare(None, tmp_path / "cmp", **options)
+    for wrong in ("mine", "does-not-exist.tar"):
+        with pytest.raises(UserError, match=f"the pictures in .*data are those of digits, got {wrong}: choose another"):
+            compare(tmp_path / wrong, tmp_path / "cmp", **options)
+    compare(None, tmp_path / "cmp", **options)
+    shutil.rmtree(tmp_path / "cmp" / "data")  # as on another machine
+    with pytest.raises(UserError, match=r"is of digits .*, got others of digits \(1,438 and 359 pictures\)"):
+        compare(None, tmp_path / "cmp", **options)
+
+
 def test_resolutions_keep_the_number_of_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_module, "TOKENS", 32)
     monkeypatch.setattr(speed_module, "BASE", {"vit": "vit_tiny_patch16_224"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from ...ablation.command import Interrupted
+from ...checkpoints import whole_file
 from ...errors import UserError
 from ...plans import NAME, check_plan, read_plan, write_plan
 from ...workers import Say, speak
@@ -22,7 +24,7 @@ from .plan import Job, Plan, choose_rows
 from .report import best_rates, collect, draw, further_jobs, table, write_json
 from .speed import SPEED, measure_models, measure_resolutions, read
 
-DATA = "data"
+DATA, PICTURES = "data", "source.json"  # the pictures, and what is left of them where only records are kept
 BESIDES = 0.002  # seconds of a step by estimate: augmentation, optimiser, averaging
 STAGES = ("speed", "tuning", "runs", "resolutions")
 
@@ -74,7 +76,7 @@ def compare(
     pictures = Path(data) if data is not None and (Path(data) / "pictures.json").is_file() else folder / DATA
     say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
     prepare(data, pictures)
-    facts = Data(pictures).facts
+    facts = _facts(folder, pictures)
     at_once = jobs or (3 if torch.cuda.is_available() else 1)
     if "speed" in stages:
         measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
@@ -149,6 +151,19 @@ def _finish(folder: Path, plan: Plan, facts: dict[str, Any], ended: Ended, say: 
             f"{folder / RUNS}/*.failed say where; the same call tries them again, after the others"
         )
     return report
+
+
+def _facts(folder: Path, pictures: Path) -> dict[str, Any]:
+    """Of the pictures. Raises UserError where the comparison has been made of others so far."""
+    data, file = Data(pictures), folder / PICTURES
+    now = {"source": data.facts["source"], "train": len(data.train), "test": len(data.test), "digest": data.digest()}
+    if not file.is_file():
+        with whole_file(file) as part:
+            part.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    elif (before := json.loads(file.read_text(encoding="utf-8")))["digest"] != now["digest"]:
+        was, got = (f"{d['source']} ({d['train']:,} and {d['test']:,} pictures)" for d in (before, now))
+        raise UserError(f"the comparison in {folder} is of {was}, got others of {got}: choose another --out")
+    return data.facts
 
 
 def _plan(folder: Path, size: str | None, given: dict[str, Any], lowered: bool) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import tarfile
@@ -47,6 +48,14 @@ class Data:
         self.classes: list[str] = self.facts["classes"]
         self.train, self.test = (_load(folder, part) for part in ("train", HELD_OUT))
 
+    def digest(self) -> str:
+        """Of all pictures and what they show."""
+        found = hashlib.sha256(repr(self.classes).encode())
+        for part in (self.train, self.test):
+            for t in part:
+                found.update(f"{tuple(t.shape)}".encode() + t.numpy().tobytes())
+        return found.hexdigest()
+
     def tuning(self) -> tuple[Pictures, Pictures]:
         """The training pictures but a tenth, and that tenth, to choose learning rates on."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
@@ -58,8 +67,13 @@ def is_prepared(folder: Path) -> bool:
     return (folder / FACTS).is_file()
 
 
+def name_of(source: str | Path | None) -> str:
+    """What pictures are called."""
+    return "digits" if source is None else Path(source).resolve().name
+
+
 def prepare(source: str | Path | None, folder: Path, size: int = 32) -> None:
-    """Decode all pictures into a folder, whole or not at all. Raises UserError.
+    """Decode all pictures into a folder, whole or not at all. Raises UserError, also where it holds those of another.
 
     Args:
         source: a .tar (also .xz, .gz) with train/CLASS/NAME.jpg and test/CLASS/NAME.jpg in it, at any depth; a folder
@@ -69,6 +83,9 @@ def prepare(source: str | Path | None, folder: Path, size: int = 32) -> None:
     if is_prepared(folder):
         if reason := damage(folder):
             raise UserError(f"{folder} is damaged ({reason}): remove it")
+        has = Data(folder).facts["source"]
+        if has != name_of(source) and not (source and Path(source) == folder):
+            raise UserError(f"the pictures in {folder} are those of {has}, got {name_of(source)}: choose another --out")
         return
     found = _digits(size) if source is None else _decoded(Path(source), size)
     if not all(found.values()):
@@ -82,7 +99,7 @@ def prepare(source: str | Path | None, folder: Path, size: int = 32) -> None:
         for part, pictures in found.items():
             np.save(new / f"{part}-pixels.npy", np.stack([pixels for _, pixels in pictures]))
             np.save(new / f"{part}-labels.npy", np.array([number[name] for name, _ in pictures]))
-        facts = {"classes": classes, "size": size, "source": "digits" if source is None else Path(source).name}
+        facts = {"classes": classes, "size": size, "source": name_of(source)}
         facts |= {f"{part}_pictures": len(pictures) for part, pictures in found.items()}
         (new / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
