@@ -22,7 +22,10 @@ from .workers import Say, Until
 
 STATE = "state.pt"
 # Of a run, besides weights and optimizer.
-KEPT = ("done", "logged", "seconds", "timed", "warm_up", "curve", "training", "paces", "devices")
+KEPT = (
+    "done", "logged", "seconds", "timed", "warm_up", "curve", "training", "paces", "devices", "at_once", "graph",
+    "compiled",
+)  # fmt: skip
 Evaluations = dict[str, tuple[Tensor, Tensor]]  # (inputs, labels) of each held-out text, (rows, length)
 
 
@@ -96,7 +99,10 @@ class Clock:
 
 
 class Training:
-    """A run from its newest checkpoint in `folder`, or its start, to its end."""
+    """A run from its newest checkpoint in `folder`, or its start, to its end.
+
+    at_once: runs beside each other, this one included.
+    """
 
     def __init__(
         self,
@@ -107,6 +113,7 @@ class Training:
         folder: Path,
         how: How,
         say: Say,
+        at_once: int = 1,
     ) -> None:
         self.course, self.batches, self.folder, self.say = course, batches, folder, say
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,6 +127,8 @@ class Training:
         self.training: list[list[float]] = []  # step, loss, accuracy
         self.paces: list[float] = []  # seconds a step, of the steps before each of these
         self.devices: list[str] = []  # that it has run on
+        self.at_once, self._now = 1, at_once  # runs beside each other: at most, and in this call
+        self.graph = self.compiled = True  # whether all of its steps were
         self._said = time.monotonic()
 
     def fit(self, until: Until) -> bool:
@@ -131,6 +140,8 @@ class Training:
         if course.evaluate_first and not self.curve:
             self._evaluate()
         self.trainee.warm_up(self.batches[self.done][0])
+        self.at_once = max(self.at_once, self._now)
+        self.graph, self.compiled = self.graph and self.trainee.graph, self.compiled and self.trainee.compiled
         self.warm_up += time.perf_counter() - began
         marks = {round(course.steps * i / course.evaluations) for i in range(1, course.evaluations + 1)}
         clock, saved = Clock(self.device, self.seconds), time.monotonic()

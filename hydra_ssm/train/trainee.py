@@ -85,6 +85,7 @@ class Trainee:
         self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
         self.graph, self.fuse = False, how.fuse and device.type == "cuda"  # whether it has one, whether it does
+        self.compiled = how.compile and device.type == "cuda"
         self.bounded = how.graph and device.type != "cpu"  # whether features beyond LARGEST are NaN
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
         self.total = torch.zeros(3, device=device)  # of the parts since it was read
@@ -99,7 +100,7 @@ class Trainee:
         self.net.train()
         if self.device.type != "cuda":
             return
-        if self.how.compile:
+        if self.compiled:
             for layer in self.net.model.encoder.layers:
                 layer.compile(dynamic=False)
             self._criterion = torch.compile(masked_loss, dynamic=False)

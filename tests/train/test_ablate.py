@@ -368,6 +368,20 @@ def test_a_run_that_stops_and_goes_on_is_the_same_run(done: tuple[Path, dict, li
     assert not key.folder(out).exists()  # its checkpoints have served
 
 
+def test_a_run_that_went_on_elsewhere_says_so(
+    done: tuple[Path, dict, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Key("toeplitz", 0)
+    ablate(done[0] / "data", tmp_path, **ONE | {"limit": 0}, say=quiet, **TINY)
+    monkeypatch.setattr("hydra_ssm.train.loop.device_name", lambda _: "first")
+    assert runs.train(tmp_path, key, Until(After(9), math.inf), 3, quiet) is None
+    monkeypatch.setattr("hydra_ssm.train.loop.device_name", lambda _: "second")
+    said: list[str] = []
+    (run,) = ablate(out=tmp_path, say=said.append, **ONE)["runs"]
+    assert (run["device"], run["at_once"], run["graph"]) == ("first, then second", 3, False)
+    assert "ms a step on first, then second, 3 runs at once, which slow each other" in "\n".join(said)
+
+
 def test_steps_in_parts_are_the_same_steps(
     done: tuple[Path, dict, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

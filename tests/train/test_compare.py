@@ -22,13 +22,13 @@ from hydra_ssm.cli import main
 from hydra_ssm.text import HydraForMaskedLM, preset
 from hydra_ssm.text.collators import IGNORED, MaskedLMCollator
 from hydra_ssm.text.tokenizer import train_tokenizer
-from hydra_ssm.train.batches import Batches
+from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.comparison import Plan, compare, prepare
 from hydra_ssm.train.comparison.command import best_rates
 from hydra_ssm.train.comparison.data import Data, plainly
 from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
 from hydra_ssm.train.comparison.report import MARK, differences, edges, elsewhere, table
-from hydra_ssm.train.comparison.run import POSITIONS, _training, longer, mean_of_parts
+from hydra_ssm.train.comparison.run import POSITIONS, _results, _training, longer, mean_of_parts
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.loop import Training, schedule
 from hydra_ssm.train.trainee import How, Trainee, make_optimizer, masked_loss
@@ -323,17 +323,28 @@ def test_runs_on_another_device_are_named() -> None:
     assert elsewhere({"runs": runs[:2]}) == {}
 
 
-def test_a_run_that_goes_on_on_another_device_has_both(
+def test_a_run_that_goes_on_elsewhere_and_without_a_graph_says_so(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = token_runs(Plan.of(TINY), {"hydra": 1e-3, "bert": 1e-3}, 0)[0]
     over = Until(threading.Event(), 0.0)
-    for name in ("first", "second", "second"):
+    warm_up, known = Trainee.warm_up, []
+    for name, fast in (("first", True), ("second", False), ("second", True)):
         monkeypatch.setattr("hydra_ssm.train.loop.device_name", lambda _, name=name: name)
+
+        def begin(self: Trainee, batch: Batch, fast: bool = fast) -> None:
+            warm_up(self, batch)
+            self.graph = self.compiled = fast
+
+        monkeypatch.setattr(Trainee, "warm_up", begin)
         last = training(data, run, tmp_path, monkeypatch)
         assert not last.fit(over)
+        last.curve[-1]["seconds"] = 1.0  # it was evaluated before the first step alone
+        known.append(_results(last))
     assert last.done == 3
-    assert last.devices == ["first", "second"]
+    assert [found["devices"] for found in known] == [["first"], ["first", "second"], ["first", "second"]]
+    for name in ("graph", "compiled"):
+        assert [found[name] for found in known] == [True, False, False]
 
 
 def test_the_standard_error_of_a_loss_is_that_of_drawing_its_parts() -> None:

@@ -96,7 +96,7 @@ def clock(report: dict[str, Any]) -> str:
     devices = sorted({run["device"] for run in report["runs"]})
     at_once = sorted({run["at_once"] for run in report["runs"]})
     shared = " or ".join(map(str, at_once))
-    return f"on {', '.join(devices)}" + (f", {shared} runs at once, which slow each other" if at_once != [1] else "")
+    return f"on {'; '.join(devices)}" + (f", {shared} runs at once, which slow each other" if at_once != [1] else "")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from ...bench.machine import device_name
 from ...text import HydraForMaskedLM
 from ...text.collators import MaskedLMCollator
 from ...text.messages import quiet
@@ -87,8 +86,8 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
     free_memory(compiled=False)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # for a few small kernels many would take longer
     with quiet():
-        training = _training(plan, data, key, folder, say)
-        found = {"row": key.row, "seed": key.seed, **_facts(plan, key, training), "at_once": at_once}
+        training = _training(plan, data, key, folder, say, at_once)
+        found = {"row": key.row, "seed": key.seed, **_facts(plan, key, training)}
         try:
             if not training.fit(until):
                 return None
@@ -96,7 +95,9 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
             found |= {"loss": score.loss, "accuracy": score.accuracy, **_curves(training)}
         except NotFinite as error:
             found |= {"diverged": str(error)}
-        found |= {"graph": training.trainee.graph}
+        found |= {
+            "device": ", then ".join(training.devices), "at_once": training.at_once, "graph": training.graph
+        }  # fmt: skip
     with whole_file(key.file(out)) as part:
         part.write_text(json.dumps(found) + "\n", encoding="utf-8")
     remove(folder)
@@ -117,7 +118,7 @@ def evaluation(data: Data, most: int) -> tuple[Tensor, Tensor]:
     return found["input_ids"], found["labels"]
 
 
-def _training(plan: Plan, data: Data, key: Key, folder: Path, say: Say) -> Training:
+def _training(plan: Plan, data: Data, key: Key, folder: Path, say: Say, at_once: int = 1) -> Training:
     recipe = plan.recipe(key.seed)
     course = Course(
         str(key), plan.steps, plan.learning_rate, recipe.weight_decay, plan.clip, key.seed, evaluations=EVALUATIONS,
@@ -128,7 +129,7 @@ def _training(plan: Plan, data: Data, key: Key, folder: Path, say: Say) -> Train
     )
     set_seed(key.seed)
     net = HydraForMaskedLM(config(plan, key.row, len(data.tokenizer)))
-    return Training(course, batches, {HELD_OUT: evaluation(data, ON_THE_WAY)}, net, folder, HOW, say)
+    return Training(course, batches, {HELD_OUT: evaluation(data, ON_THE_WAY)}, net, folder, HOW, say, at_once)
 
 
 def _facts(plan: Plan, key: Key, training: Training) -> Record:
@@ -139,7 +140,6 @@ def _facts(plan: Plan, key: Key, training: Training) -> Record:
         "state": state(plan, key.row) if has_state(plan, key.row) else None,
         "heads": heads(plan, key.row),
         "parameters": training.trainee.net.num_parameters(),
-        "device": device_name(training.device),
         "torch": torch.__version__,
     }
 

@@ -56,7 +56,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
         try:
             if not training.fit(until):
                 return None
-            record |= _results(training, how) | _scores(training, plan, data, run.length)
+            record |= _results(training) | _scores(training, plan, data, run.length)
         except NotFinite as error:
             say(f"{run.name} has diverged {error}")
             record["diverged"] = str(error)
@@ -152,7 +152,7 @@ def mean_of_parts(parts: Sequence[tuple[float, int]]) -> tuple[float, float | No
     return mean, (squares * count / (count - 1)) ** 0.5 / tokens
 
 
-def _results(training: Training, how: How) -> Record:
+def _results(training: Training) -> Record:
     last = training.curve[-1]
     on_gpu = training.device.type == "cuda"
     return {
@@ -162,6 +162,6 @@ def _results(training: Training, how: How) -> Record:
         "warm_up_seconds": round(training.warm_up, 1),
         "curve": training.curve, "training": training.training,
         "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "graph": training.trainee.graph, "compiled": on_gpu and how.compile, "machine": facts(training.device),
+        "graph": training.graph, "compiled": training.compiled, "machine": facts(training.device),
         "devices": training.devices,
     }  # fmt: skip
