@@ -257,11 +257,11 @@ class Replayed:
         try:
             with torch.cuda.graph(graph):
                 self.loss = self._run(self.x, self.target).detach()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as problem:  # an operation that waits for the device, or reads from the host
             torch.cuda.synchronize()
-            renew_generator(x.device)
+            renew_generator(x.device)  # also for the next run of this process, where this one cannot go on
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise
             speak(f"{self.name}: no CUDA graph: {' '.join(str(problem).split())[:200]}")
             return
         self.graph = graph
