@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -32,6 +32,7 @@ from hydra_ssm.train.image.comparison import jobs as jobs_module
 from hydra_ssm.train.image.comparison import loop as loop_module
 from hydra_ssm.train.image.comparison import speed as speed_module
 from hydra_ssm.train.image.comparison.augment import MEAN, STD, Random, Strength, augmented, normalized
+from hydra_ssm.train.image.comparison.command import BESIDES, seconds_of
 from hydra_ssm.train.image.comparison.data import Data
 from hydra_ssm.train.image.comparison.models import BASE, TOLERANCE, base, build, parameters
 from hydra_ssm.train.image.comparison.plan import Job
@@ -41,7 +42,7 @@ from hydra_ssm.train.plans import read_plan
 NOTHING = Strength(crop=0, randaugment=False, mix=0, smoothing=0)
 TINY = {
     "size": "small", "width": 32, "headdim": 16, "d_state": 4, "vit_depth": 1, "patch": 16, "batch_size": 64,
-    "epochs": 3, "learning_rates": (3e-3,), "evaluate_every": 1,
+    "epochs": 3, "learning_rates": (3e-3,), "further_rates": 0, "evaluate_every": 1,
 }  # fmt: skip
 CPU = torch.device("cpu")
 
@@ -219,14 +220,17 @@ def test_epochs_are_fewer_where_time_is_short_for_all_rows_alike():
     def seconds(p):
         return 10 * p.epochs + p.tuning_epochs
 
-    assert plan.within(306, seconds) is plan or plan.within(306, seconds) == plan
+    assert plan.within(306, seconds) == plan
+    longer = Plan.of("usual", {"tuning_epochs": 10})
+    assert longer.within(310, seconds) == longer
+    assert longer.within(206, seconds).tuning_epochs == round(10 * 19 / 30)
     assert (plan.within(204, seconds).epochs, plan.within(204, seconds).tuning_epochs) == (20, 4)
     assert plan.within(0, seconds).epochs == 5
 
 
 def test_a_budget_lowers_the_epochs_before_the_first_run_and_the_same_call_goes_on(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(command_module, "measure_models", lambda *given: None)
-    monkeypatch.setattr(command_module, "seconds_of", lambda folder, facts, seeds, plan: seeds * plan.epochs)
+    monkeypatch.setattr(command_module, "seconds_of", lambda folder, facts, rows, seeds, plan: seeds * plan.epochs)
     told: list[str] = []
     given = {"rows": ["vit"], "seeds": [0, 1], "stages": ["speed"], "say": told.append}
     for _ in range(2):
@@ -235,6 +239,21 @@ def test_a_budget_lowers_the_epochs_before_the_first_run_and_the_same_call_goes_
     assert sum("7 epochs, " in line and "about 14 s" in line for line in told) == 2
     (tmp_path / "runs" / "vit-0.003-seed-0").mkdir(parents=True)  # too late
     assert compare(digits, tmp_path, **given, budget=12)["plan"]["epochs"] == 7
+    assert "more than the budget of 12 s" in told[-2]
+    compare(digits, tmp_path, **given | {"stages": ["tuning"]}, budget=12)
+    assert any("the budget has no effect" in line for line in told)
+
+
+def test_the_estimate_is_of_the_steps_of_the_rows_that_are_compared(tmp_path):
+    rows = {"vit": {"step": 9.0, "graph_step": 8.0}, "add": {"step": 8.0, "graph_step": None},
+            "toeplitz": {"step": 100.0, "graph_step": 50.0}}  # fmt: skip
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows, "machine": {}}), encoding="utf-8")
+    facts = {"train_pictures": 10_240}
+    plan = Plan.of("usual", {"epochs": 10, "tuning_epochs": 5, "learning_rates": (1e-3,)})
+    step = 0.008 + BESIDES
+    assert seconds_of(tmp_path, facts, ["vit", "add", "low_rank"], 3, plan) == pytest.approx(2 * step * 20 * 3 * 10)
+    plan = replace(plan, learning_rates=(1e-3, 2e-3), further_rates=0)  # nine tenths of the pictures
+    assert seconds_of(tmp_path, facts, ["vit"], 1, plan) == pytest.approx(step * 20 * (10 + 2 * 5 * 0.9))
 
 
 def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tmp_path, monkeypatch):
@@ -412,6 +431,8 @@ def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
     shown = table(report)  # the same for a terminal
     assert re.search(r"^vit +2,000,000 +0.001! .* 1,234\* +99  2, 1 diverged$", shown, re.MULTILINE)
     assert "! the best learning rate" in shown
+    assert "small:" not in shown
+    assert "it shows that the command works" in table(report | {"plan": asdict(Plan.of("small", {}))})
     assert "| 64 | 16 | 9,000 | 1,234 | 99 | out of memory | - | - |" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")

@@ -20,7 +20,7 @@ from ...workers import Say, speak
 from .data import Data, prepare
 from .jobs import Ended, run_all
 from .loop import RUNS
-from .plan import Job, Plan, choose_rows
+from .plan import FEWEST, Job, Plan, choose_rows
 from .report import best_rates, collect, draw, further_jobs, table, write_json
 from .speed import SPEED, measure_models, measure_resolutions, read
 
@@ -80,7 +80,9 @@ def compare(
     at_once = jobs or (3 if torch.cuda.is_available() else 1)
     if "speed" in stages:
         measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
-        plan = _within(folder, plan, facts, len(seeds), budget, say)
+        plan = _within(folder, plan, partial(seconds_of, folder, facts, chosen, len(seeds)), budget, say)
+    elif budget is not None:
+        say("the budget has no effect: it takes the stage speed to know what a step costs")
     run = partial(run_all, folder, pictures, at_once=at_once, deadline=deadline, say=say)
     ended = Ended(None, [])
     if "tuning" in stages:
@@ -112,9 +114,10 @@ def _to_run(folder: Path, plan: Plan, rows: Sequence[str], seeds: Sequence[int],
     return [Job(row, rates[row], seed, False) for seed in seeds for row in rows if row in rates]
 
 
-def seconds_of(folder: Path, facts: dict[str, Any], seeds: int, plan: Plan) -> float:
-    """What tuning and runs of all measured rows need of the device by estimate, one after the other."""
-    measured = [row["graph_step"] or row["step"] for row in read(folder / SPEED)["rows"].values()]
+def seconds_of(folder: Path, facts: dict[str, Any], rows: Sequence[str], seeds: int, plan: Plan) -> float:
+    """What tuning and runs of the rows that are measured need of the device by estimate, one after the other."""
+    known = read(folder / SPEED)["rows"]
+    measured = [known[row]["graph_step"] or known[row]["step"] for row in rows if row in known]
     step = sum(ms / 1e3 + BESIDES for ms in measured if ms)
     rates = len(plan.learning_rates) + plan.further_rates / 2 if plan.learning_rates[1:] else 0
     return (
@@ -122,9 +125,8 @@ def seconds_of(folder: Path, facts: dict[str, Any], seeds: int, plan: Plan) -> f
     )
 
 
-def _within(folder: Path, plan: Plan, facts: dict[str, Any], seeds: int, budget: float | None, say: Say) -> Plan:
+def _within(folder: Path, plan: Plan, seconds: Callable[[Plan], float], budget: float | None, say: Say) -> Plan:
     """The plan, before its first run with as many epochs as fit into the budget."""
-    seconds = partial(seconds_of, folder, facts, seeds)
     if budget is not None and not any((folder / RUNS).glob("*")):
         plan = plan.within(budget, seconds)
         write_plan(plan, folder)
@@ -132,6 +134,8 @@ def _within(folder: Path, plan: Plan, facts: dict[str, Any], seeds: int, budget:
         f"{plan.epochs} epochs, {plan.tuning_epochs} for each learning rate: the steps take about "
         f"{seconds(plan):,.0f} s of the device, evaluations and the start of each process besides"
     )
+    if budget is not None and seconds(plan) > budget:
+        say(f"more than the budget of {budget:,.0f} s: epochs are lowered before the first run, to {FEWEST} at least")
     return plan
 
 

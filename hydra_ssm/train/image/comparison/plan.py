@@ -23,9 +23,9 @@ FEWEST = 5  # epochs
 SIZES: dict[str, dict[str, Any]] = {
     "usual": {},
     "small": {
-        "width": 64, "vit_depth": 2, "heads": 2, "headdim": 16, "d_state": 16, "patch": 8, "epochs": 8,
-        "tuning_epochs": 2, "batch_size": 64, "learning_rates": (1e-3, 3e-3, 1e-2), "further_rates": 0,
-        "ema_decay": 0.9, "evaluate_every": 2, "strength": {"randaugment": False, "mix": 0.0},
+        "width": 64, "vit_depth": 2, "heads": 2, "headdim": 16, "d_state": 16, "patch": 8, "epochs": 12,
+        "tuning_epochs": 6, "batch_size": 32, "learning_rates": (1e-3, 3e-3, 1e-2), "further_rates": 1,
+        "ema_decay": 0.9, "evaluate_every": 2, "strength": {"crop": 0, "randaugment": False, "mix": 0.0},
     },
 }  # fmt: skip
 
@@ -121,7 +121,11 @@ class Plan:
     def within(self, budget: float, seconds: Callable[[Self], float]) -> Self:
         """With as many epochs as take no more than the budget by an estimate; not more than now."""
         shorter = (
-            replace(self, epochs=n, tuning_epochs=min(self.tuning_epochs, max(2, n // 5)))
+            replace(
+                self,
+                epochs=n,
+                tuning_epochs=min(self.tuning_epochs, max(2, round(self.tuning_epochs * n / self.epochs))),
+            )
             for n in range(self.epochs, 0, -1)
         )
         return next((plan for plan in shorter if seconds(plan) <= budget or plan.epochs <= FEWEST), self)

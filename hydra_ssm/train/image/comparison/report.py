@@ -18,6 +18,7 @@ from .speed import RESOLUTIONS, SPEED, read
 
 Report = dict[str, Any]
 EDGE, PYTHON = "!", "*"
+TRIAL = "small: it shows that the command works; models so small, trained so briefly, say nothing of the others"
 MARKS = {
     EDGE: "the best learning rate is the highest or the lowest that was tried: this row may not be at its best",
     PYTHON: "no CUDA graph: called from Python, whose time is in it",
@@ -105,7 +106,8 @@ def table(report: Report) -> str:
             f"{plus_minus(row['top1_ema']):>15}{pictures:>12}{f'{peak:,.0f}' if peak else '-':>8}  {seeds(row)}"
         )
         notes += [mark for mark in (EDGE, PYTHON) if mark in lines[-1]]
-    return "\n".join([*lines, *(f"{mark} {MARKS[mark]}" for mark in dict.fromkeys(notes))])
+    trial = [TRIAL] if report["plan"]["size"] == "small" else []
+    return "\n".join([*lines, *(f"{mark} {MARKS[mark]}" for mark in dict.fromkeys(notes)), *trial])
 
 
 def learning_rate(row: dict[str, Any]) -> str:
