@@ -69,6 +69,11 @@ def schedule(step: int, steps: int) -> float:
     return 1 - (1 - LAST) * (step + 1 - up) / max(1, steps - up)
 
 
+def own_device() -> torch.device:
+    """That runs are computed on here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def free_memory(compiled: bool = True) -> None:
     """What the run before has left on a GPU; `compiled`: what was compiled is of no more use, either."""
     if torch.cuda.is_available():
@@ -116,7 +121,7 @@ class Training:
         at_once: int = 1,
     ) -> None:
         self.course, self.batches, self.folder, self.say = course, batches, folder, say
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self.texts = {
             name: (inputs.to(self.device), labels.to(self.device)) for name, (inputs, labels) in texts.items()
         }

@@ -404,6 +404,32 @@ def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(places[: TINY["length"]], places[TINY["length"] : 2 * TINY["length"]])
 
 
+def test_equal_seconds_are_of_one_device(folder: Path, tmp_path: Path) -> None:
+    def devices(**given: list[str]) -> None:
+        for model, names in given.items():
+            file = tmp_path / "runs" / f"tokens-{model}-seed-0.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"devices": names}))
+
+    said: list[str] = []
+    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 64, "seeds": (0,)}
+    report = compare(folder, tmp_path, say=said.append, stages=("tokens",), **settings)
+    (here,) = report["runs"][0]["devices"]
+    for hydra, bert, reason in (
+        (["H100"], ["H200"], "hydra was trained on H100, bert was trained on H200"),
+        (["H100"], ["H100", "H200"], "hydra was trained on H100, bert was trained on H100 and H200"),
+        (["H100"], ["H100"], f"both models were trained on H100, this is {here}"),
+    ):
+        devices(hydra=hydra, bert=bert)
+        report = compare(folder, tmp_path, say=said.append, stages=("seconds",))
+        assert not any(run["stage"] == "seconds" for run in report["runs"])
+        assert [reason in left for left in report["unfinished"]] == [True]
+        assert any(line.startswith(f"seconds: {reason}") for line in said)
+    devices(hydra=[here], bert=[here])
+    report = compare(folder, tmp_path, say=said.append, stages=("seconds",))
+    assert report["unfinished"] == []
+    assert any(run["stage"] == "seconds" for run in report["runs"])
+
+
 def _check_parts(report: dict[str, Any], out: Path) -> None:
     stages = {(run["stage"], run["model"]) for run in report["runs"]}
     assert {(stage, model) for stage in ("rate", "tokens", "length") for model in MODELS} <= stages

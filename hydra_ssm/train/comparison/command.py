@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...bench.machine import device_name
 from ..ablation.command import Interrupted
 from ..errors import UserError
+from ..loop import own_device
 from ..plans import NAME, check_plan, read_plan, write_plan
 from ..trainee import How
 from ..workers import Event, Say, Until, speak, stopping
 from .data import Data, check_whole
 from .plan import MODELS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
 from .report import Report, best_rate, collect, draw_curves, draw_lengths, table, write_json
-from .run import MODELS_FOLDER, RUNS, Record, free_memory, train
+from .run import MODELS_FOLDER, RUNS, Record, finished, free_memory, train
 from .tasks import run_tasks, tasks_done
 
 REPORT = "comparison"  # begins the names of its files
@@ -138,7 +140,24 @@ class Comparison:
         found = self._train(first)
         if found is not None and not any("diverged" in record for record in found):
             seconds = {record["model"]: record["seconds"] for record in found}
-            self._train([seconds_run(self.plan, best, self.plan.seeds[0], seconds)])
+            run = seconds_run(self.plan, best, self.plan.seeds[0], seconds)
+            if reason := "" if finished(self.out, run.name) else _other_clock(found):
+                self.say(f"seconds: {reason}")
+                self.left.append(f"seconds ({reason})")
+            else:
+                self._train([run])
+
+
+def _other_clock(records: list[Record]) -> str:
+    """Why a run on this device cannot be given the seconds of those, if so: seconds compare on one device alone."""
+    used = {model: " and ".join(found) for model, found in ((r["model"], r["devices"]) for r in records)}
+    if len({device for record in records for device in record["devices"]}) > 1:
+        return (
+            f"{', '.join(f'{model} was trained on {devices}' for model, devices in used.items())}: give both one device"
+        )
+    here = device_name(own_device())
+    (there,) = set(used.values())
+    return "" if there == here else f"both models were trained on {there}, this is {here}"
 
 
 def best_rates(records: list[Record]) -> dict[str, float]:
