@@ -176,13 +176,29 @@ def test_folders_shards_and_data_sets_hold_the_same_pictures(flowers, tmp_path):
     shutil.copytree(flowers, tmp_path / "stray")
     shutil.copy(min((tmp_path / "folders").iterdir()), tmp_path / "stray" / "train" / "left-there.tar")
     for name in ("cls", "folders", "saved", "parquet", "stray"):
-        train_part, held_out, classes = open_parts(str(tmp_path / name))
+        with pytest.warns(UserWarning, match="left alone") if name == "stray" else nullcontext():
+            train_part, held_out, classes = open_parts(str(tmp_path / name))
         assert [seen(train_part), seen(held_out)] == expected, name
         assert classes == (["0", "1", "2"] if name == "cls" else sorted(COLOURS)), name
         names = [part.source.name(i) for part in (train_part, held_out) for i in part.index]
         assert len(set(names)) == 51  # by which those that cannot be read are told
     assert len(expected[0]) == 36
     assert len(expected[1]) == 15
+
+
+def test_a_picture_beside_shards_does_not_hide_them(flowers, tmp_path):
+    shards(flowers, tmp_path, with_cls=False)
+    expected = [seen(part) for part in open_parts(str(tmp_path))[:2]]
+    for name in ("previews", "more"):
+        (tmp_path / name).mkdir()
+        coloured(COLOURS["red"], 0).save(tmp_path / name / "sheet.png")
+        with pytest.warns(UserWarning, match="pictures beside 4 .tar files are left alone"):
+            assert [seen(part) for part in open_parts(str(tmp_path))[:2]] == expected
+    folders = tmp_path / "folders"
+    shutil.copytree(flowers / "train", folders)
+    shutil.copy(min(tmp_path.glob("*.tar")), folders)
+    with pytest.warns(UserWarning, match=r"1 .tar files among 36 pictures are left alone"):
+        assert sum(len(part) for part in open_parts(str(folders))[:2]) == 36
 
 
 def test_pictures_without_a_class_are_refused(flowers, tmp_path):
@@ -529,7 +545,7 @@ MISTAKES = {
     "image train --data nowhere": "nowhere is neither a folder, a .tar nor a data set that could be loaded",
     "image train --data flowers --model resnet": "model must be a name that timm knows, such as .* got resnet",
     "image train --data flowers --batch-size 64 --img-size 32 --model vit_tiny_patch16_224": (
-        "there must be as many pictures to train on as in a step, 64, got 36"
+        "there must be as many pictures to train on as in a step, 64, got 36: choose a smaller --batch-size"
     ),
     "image train --data flowers --img-size 30 --batch-size 4": "cannot be made with .*30",
     "image train --data flowers --batch-size 5": "the parts of a step must be even for mixup and cutmix, got 5",

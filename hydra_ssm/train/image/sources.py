@@ -90,7 +90,7 @@ def open_parts(data: str | None, seed: int = 0) -> tuple[Part, Part, list[str]]:
         return _of_splits(_hub(data), data, seed)
     if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _of_splits(_saved(path), path.name, seed)
-    if (shards := _shards(path)) and not _has_pictures(path):  # else they lie there by chance
+    if (shards := _shards(path)) and _are_the_data(shards, path):
         return _of_shards(shards, path, seed)
     if path.is_dir() and (any(path.rglob("*.parquet")) or any(path.rglob("*.arrow"))):
         return _of_splits(_hub(str(path)), path.name, seed)
@@ -274,9 +274,14 @@ def _shards(path: Path) -> list[Path]:
     return sorted(path.rglob("*.tar"))
 
 
-def _has_pictures(path: Path) -> bool:
-    """Whether there are folders with pictures."""
-    return any(p.suffix.lower() in ENDINGS and p.parent != path for p in path.rglob("*"))
+def _are_the_data(shards: list[Path], path: Path) -> bool:
+    """Whether shards, or the pictures in folders beside them: those that are more files. Says what is left alone."""
+    pictures = sum(p.suffix.lower() in ENDINGS and p.parent != path for p in path.rglob("*"))
+    if pictures > len(shards):
+        warnings.warn(f"{path}: {len(shards)} .tar files among {pictures} pictures are left alone", stacklevel=3)
+    elif pictures:
+        warnings.warn(f"{path}: {pictures} pictures beside {len(shards)} .tar files are left alone", stacklevel=3)
+    return pictures <= len(shards)
 
 
 def _of_shards(paths: list[Path], root: Path, seed: int) -> tuple[Part, Part, list[str]]:

@@ -139,7 +139,8 @@ def _check_divides(recipe: ImageRecipe, world: int) -> None:
 def _check_enough(train: Part, recipe: ImageRecipe) -> None:
     if len(train) < recipe.batch_size:
         raise UserError(
-            f"there must be as many pictures to train on as in a step, {recipe.batch_size}, got {len(train)}"
+            f"there must be as many pictures to train on as in a step, {recipe.batch_size}, got {len(train)}: choose a "
+            "smaller --batch-size"
         )
 
 
