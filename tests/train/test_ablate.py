@@ -408,7 +408,7 @@ def test_steps_in_parts_are_the_same_steps(
     assert parts == [0, 1] * TINY["steps"]
 
 
-def test_what_stops_an_ablation_leaves_whole_seeds_of_the_papers_rows(
+def test_seeds_come_one_after_the_other_and_the_papers_rows_first(
     done: tuple[Path, dict, list[str]], tmp_path: Path
 ) -> None:
     rows = ["add-fixed", "toeplitz", "dense-fixed"]
