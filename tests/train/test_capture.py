@@ -1,6 +1,7 @@
 """What a CUDA graph needs of a training step: no operation reads values to the host, or brings any from there."""
 
 import math
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from hydra_ssm.matrices import MATRICES, vandermonde
 from hydra_ssm.matrices.fusion import fused
 from hydra_ssm.matrices.vandermonde import Vandermonde, at_most
 from hydra_ssm.text import HydraForMaskedLM
+from hydra_ssm.text.collators import IGNORED
 from hydra_ssm.train.ablation import Plan, all_rows
 from hydra_ssm.train.ablation.models import config
 from hydra_ssm.train.batches import Batch
 from hydra_ssm.train.loop import Course, NotFinite, Training
 from hydra_ssm.train.trainee import LARGEST, How, Means, Trainee
+from hydra_ssm.train.workers import Until
 
 META = torch.device("meta")  # whose tensors have no values: to read one raises
 
@@ -140,6 +143,107 @@ def test_without_a_graph_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> N
     assert not made.graph
     with made._settings():
         assert vandermonde._bound is None
+
+
+def on_gpu(graph: bool, dropout: float) -> Trainee:
+    """A model with values, ready for steps."""
+    torch.manual_seed(0)
+    given = config(Plan.of("small", {"layers": 2, "length": 16, "unmatched": True}), "quasiseparable", 64)
+    given.embedding_dropout = dropout
+    made = Trainee(
+        HydraForMaskedLM(given), 1e-3, 0.01, 0.5, torch.device("cuda"), How(graph=graph, compile=False), print
+    )
+    made.warm_up(batch(0, 1)[0])
+    assert made.graph == graph
+    return made
+
+
+def batch(step: int, parts: int) -> list[Batch]:
+    """Of 4 rows a part, a third of whose tokens are hidden; the last place is no token's."""
+    numbers = torch.Generator().manual_seed(step)
+    found = []
+    for _ in range(parts):
+        ids = torch.randint(5, 64, (4, 16), generator=numbers)
+        places = torch.randperm(64, generator=numbers)[:24]
+        labels = torch.randint(5, 64, (24,), generator=numbers)
+        labels[-1] = IGNORED
+        found.append(Batch(ids, places, labels, torch.tensor(23.0 * parts)))
+    return found
+
+
+def trained(made: Trainee, parts: int, steps: range = range(5)) -> tuple[list[float], list[Tensor]]:
+    """(the loss of each step, the weights after the last)."""
+    losses = []
+    for step in steps:
+        made.step(batch(step, parts), 1e-3, seed=step)
+        losses.append(made.means(1).loss)
+    return losses, [p.detach().clone() for p in made.net.parameters()]
+
+
+def assert_alike(one: tuple[list[float], list[Tensor]], other: tuple[list[float], list[Tensor]]) -> None:
+    """But for sums in bfloat16 of another order: a step moves no weight further than its rate."""
+    assert one[0] == pytest.approx(other[0], rel=2e-3)
+    moved = torch.cat([(a - b).abs().flatten() for a, b in zip(one[1], other[1], strict=True)])
+    assert moved.mean() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [1, 2])
+def test_replayed_steps_are_the_eager_steps(parts: int) -> None:
+    assert_alike(*(trained(on_gpu(graph, 0.0), parts) for graph in (True, False)))
+
+
+@pytest.mark.gpu
+def test_parts_of_a_replayed_step_are_added_up() -> None:
+    made = on_gpu(True, 0.0)
+    made.clip = 0.0
+    own = batch(0, 2)
+    sums = [torch.zeros_like(p) for p in made.net.parameters()]
+    for part in own:
+        made._put(part)
+        made._compute()
+        for total, parameter in zip(sums, made.net.parameters(), strict=True):
+            total += parameter.grad
+    made.step(own, 0.0, seed=0)
+    assert any(total.abs().max() > 0 for total in sums)
+    for total, parameter in zip(sums, made.net.parameters(), strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, total, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_dropout_in_a_replay_follows_from_the_seed_of_the_step() -> None:
+    made = on_gpu(True, 0.3)
+    losses = []
+    for seed in (1, 1, 2):
+        made.step(batch(0, 1), 0.0, seed)  # a rate of 0 leaves the weights
+        losses.append(made.means(1).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_replayed_run_that_is_saved_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    class Drawn:
+        def __getitem__(self, step: int) -> list[Batch]:
+            return batch(step, 2)
+
+    def training(folder: str) -> Training:
+        course = Course("a run", 6, 1e-3, 0.01, 0.5, 0, 1, evaluate_first=False, batch_tokens=128, save_after=60.0)
+        torch.manual_seed(0)
+        net = HydraForMaskedLM(config(Plan.of("small", {"layers": 2, "length": 16}), "quasiseparable", 64))
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Training(course, Drawn(), {}, net, tmp_path / folder, How(compile=False), print)  # type: ignore[arg-type]
+
+    whole, stopped, over = training("whole"), training("stopped"), threading.Event()
+    assert whole.fit(Until(over, math.inf))
+    assert not stopped.fit(Until(over, 0.0))  # after one step
+    again = training("stopped")
+    assert again.fit(Until(over, math.inf))
+    assert again.graph
+    found = [([loss for _, loss, _ in t.training], [*t.trainee.net.parameters()]) for t in (whole, again)]
+    assert [step for step, *_ in again.training] == [*range(1, 7)]
+    assert_alike(*found)
 
 
 @pytest.mark.slow
