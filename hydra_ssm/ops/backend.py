@@ -20,7 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def exporting() -> bool:
     """Whether torch.export traces. torch.compiler.is_exporting() says so within torch.compile, too, in torch 2.11."""
-    return torch.compiler._is_exporting_flag
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:

@@ -325,7 +325,12 @@ def test_hooks_of_parts_are_called() -> None:
 
 
 def test_many_heads_have_the_diagonal_too() -> None:
-    agree(layer(d_model=560, expand=2), torch.randn(1, 5, 560, device=DEVICE))
+    """More than the value gradients take it for."""
+    agree(layer(d_model=1040, expand=2), torch.randn(1, 3, 1040, device=DEVICE))
+
+
+def test_heads_and_values_that_fill_no_block_are_projected_whole() -> None:
+    agree(layer(d_model=72, expand=2), torch.randn(2, 5, 72, device=DEVICE))  # 9 heads by two, 144 numbers by 128
 
 
 def test_sums_over_parts_of_the_batch_are_not_rounded_in_between(monkeypatch) -> None:

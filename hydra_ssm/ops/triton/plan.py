@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from .feature_grads import FeatureGradsConfig
 from .output import OutputConfig
@@ -13,8 +15,9 @@ from .sizes import cdiv
 from .states import StatesConfig
 from .value_grads import ValueGradsConfig
 
+AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and beyond; less than other GPUs of NVIDIA's
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
-FEW = 32  # chunks: a program that went through all heads of one would leave most of a device idle
+FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,49 @@ class Plan:
     feature_grads: FeatureGradsConfig = field(default_factory=FeatureGradsConfig)
 
 
+@cache
+def _shared_memory(index: int) -> int:
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a program on this device may have."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return AMPLE
+    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     """The plan for x (B, L, H, P) and B (B, L, G, N), as measured on an H100 (benchmarks/gpu/notes.md).
 
     The backward pass, and a forward pass whose states it takes over, go with shorter chunks, for its registers; but
-    not where one chunk of 128 spares all states.
+    not where one chunk of 128 spares all states. Devices with less shared memory get what fits there.
     """
     batch, L, H, P = x.shape
     G, N = B.shape[2:]
-    heads = H // G
+    heads, bytes_ = H // G, room(x.device)
     few = batch * cdiv(L, 64 if backward and L > 128 else 128) <= FEW
     split = heads & -heads if few and G == 1 else 1  # the power of two in it: one program more to compile, not many
-    if x.dtype == torch.float32 or max(N, P) > 64:
+    ahead = StatesConfig(stretch=32 if batch * H < 64 else 0)
+    single, wide = x.dtype == torch.float32, max(N, P) > 64
+    if bytes_ < SCARCE or (single and wide and bytes_ < AMPLE):
+        chunk, output, stages = 32, OutputConfig(heads // split, 32, False, 4, 1), (1, 1, 1)
+    elif single or wide:
         chunk, output = 32, OutputConfig(heads // split, 32, False, 4, 2)
-        stages = 1 if x.dtype == torch.float32 else 2  # more does not fit beside such tiles
-    elif not backward or L <= 128:
-        chunk, output, stages = 128, OutputConfig(heads // split, 128, False, 8, 4), 3
+        # More does not fit beside such tiles.
+        stages = (3, 2, 1) if single else (3, 2, 2) if bytes_ >= AMPLE else (3, 1, 1)
+    elif L <= 128 or (not backward and bytes_ >= AMPLE):
+        chunk, output = 128, OutputConfig(heads // split, 128, False, 8, 4)
+        stages = (2 if L <= 512 else 3, 2, 3)
     else:
-        chunk, output, stages = 64, OutputConfig(heads // split, 64, True, 4, 3), 3
+        chunk, output, stages = 64, OutputConfig(heads // split, 64, True, 4, 3), (3, 2, 3)
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
         project=few and H * P <= NARROW,
-        states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=2 if chunk == 128 and L <= 512 else 3),
+        states=replace(ahead, stages=stages[0]),
         output=output,
-        feature_grads=FeatureGradsConfig(stages=stages),
+        value_grads=ValueGradsConfig(stages=stages[1]),
+        feature_grads=FeatureGradsConfig(stages=stages[2]),
     )
