@@ -177,7 +177,7 @@ import os, torch
 from hydra_ssm.train.distributed import restarted
 def ask(rank):
     os.environ |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank)}
-    print(restarted(), flush=True)
+    print(f"{restarted()}\\n", end="", flush=True)  # one write: two processes share the pipe
 torch.multiprocessing.start_processes(ask, (), 2, start_method="fork")
 """
 
