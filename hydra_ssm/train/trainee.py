@@ -33,7 +33,6 @@ class How:
 
     graph: bool = True
     compile: bool = True  # layers and loss
-    fuse: bool = True  # what `fusion.fused` does, where layers are not compiled
 
 
 class Means(NamedTuple):
@@ -84,7 +83,7 @@ class Trainee:
         net.to(device)  # type: ignore[arg-type]
         self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
-        self.graph, self.fuse = False, how.fuse and device.type == "cuda"  # whether it has one, whether it does
+        self.graph, self.fuse = False, device.type == "cuda"  # whether it has one, whether it does
         self.compiled = how.compile and device.type == "cuda"
         self.bounded = how.graph and device.type != "cpu"  # whether features beyond LARGEST are NaN
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -58,8 +58,8 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     heads, bytes_ = H // G, room(x.device)
     few = batch * cdiv(L, 64 if backward and L > 128 else 128) <= FEW
     split = heads & -heads if few and G == 1 else 1  # the power of two in it: one program more to compile, not many
-    ahead = StatesConfig(stretch=32 if batch * H < 64 else 0)
     single, wide = x.dtype == torch.float32, max(N, P) > 64
+    stages: tuple[int, int, int]  # of the states, the value gradients and the feature gradients
     if bytes_ < SCARCE or (single and wide and bytes_ < AMPLE):
         chunk, output, stages = 32, OutputConfig(heads // split, 32, False, 4, 1), (1, 1, 1)
     elif single or wide:
@@ -76,7 +76,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         pair=chunk == 128 and L <= 128,
         split=split,
         project=few and H * P <= NARROW,
-        states=replace(ahead, stages=stages[0]),
+        states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=stages[0]),
         output=output,
         value_grads=ValueGradsConfig(stages=stages[1]),
         feature_grads=FeatureGradsConfig(stages=stages[2]),
