@@ -45,21 +45,30 @@ def interleaved(
 
 
 def captured(run: Run, device: torch.device) -> Run:
-    """The run as a CUDA graph, to be replayed: what the device needs, without Python between its kernels."""
+    """The run as a CUDA graph, to be replayed: what the device needs, without Python between its kernels.
+
+    Raises RuntimeError where an operation waits for the device or reads from the host; what comes after is not
+    disturbed by that.
+    """
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        own, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(own)
         with torch.cuda.stream(side):  # what is chosen or allocated once must be so before the capture
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(side)
+        own.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except BaseException:
+            torch.cuda.set_stream(own)  # torch leaves the one that it captures on in its place
+            _renew_generator(device)
+            raise
     return graph.replay
 
 
-def renew_generator(device: torch.device) -> None:
+def _renew_generator(device: torch.device) -> None:
     """After a capture that failed: the state of the device's random numbers believes that it goes on."""
     index = torch.cuda.current_device() if device.index is None else device.index
     torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))

@@ -33,6 +33,7 @@ class Settings:
     impl: str | None = None  # of the product, see `hydra_ssm.ops.semiseparable`, and all around it; None chooses
     recompute: bool = False  # fused kernels save memory in the forward pass and find again in the backward one
     tolerance: float | None = None  # relative, of products that are approximate; None: 1e-5, in float64 1e-13
+    largest: float | None = None  # of vandermonde's features, where it is known; a product of larger ones is NaN
 
 
 @dataclass(frozen=True)

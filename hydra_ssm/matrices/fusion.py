@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., Tensor]
-_on = False
+_on = False  # of the process: an argument would go through mixer, matrix and autograd's functions, forward and backward
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,7 +19,6 @@ from .base import Feature, Inputs, Settings, StructuredMatrix
 
 FREQUENCY = 1e-3  # turns a token, for a feature of 1 (the paper's)
 MOST_NODES = 192  # of the interpolation; beyond, a non-uniform FFT is faster
-_bound: float | None = None  # of |q| and |k|, where somebody knows one
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,16 @@ class Vandermonde(StructuredMatrix):
 
     The product is exact to a tolerance. While angles stay small, up to 350 or so at the last token, a few nodes in time
     interpolate all cosines; their number follows from the largest of q and k, which a GPU's host waits for. Larger
-    angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static` and `at_most`.
+    angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static`. Where
+    `largest` is known, the first way is the same operations for all values, as CUDA graphs of short sequences ask for,
+    and a product of larger features is NaN.
     """
 
     q: Tensor  # (B, L, H, d)
     k: Tensor  # (B, L, H, d)
     scale: float
     tolerance: float | None = None
+    largest: float | None = None  # of |q| and |k|, where somebody knows it
 
     @classmethod
     def features(cls, settings: Settings) -> tuple[Feature, ...]:
@@ -46,7 +46,8 @@ class Vandermonde(StructuredMatrix):
     @classmethod
     def build(cls, inputs: Inputs) -> Self:
         scale = (2 * inputs.settings.max_length * inputs.settings.d_state) ** -0.5
-        return cls(inputs.documents, inputs.features["q"], inputs.features["k"], scale, inputs.settings.tolerance)
+        q, k, settings = inputs.features["q"], inputs.features["k"], inputs.settings
+        return cls(inputs.documents, q, k, scale, settings.tolerance, settings.largest)
 
     def entries(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)  # angles grow with the position
@@ -59,38 +60,23 @@ class Vandermonde(StructuredMatrix):
 
     def multiply(self, x: Tensor) -> Tensor:
         q, k, wide = (rearrange(at_least_float32(t), "b l h d -> (b h) l d") for t in (self.q, self.k, x))
-        allowed, bound = tolerance(self.tolerance, x.dtype), _bound
-        if bound is not None:
-            angle = math.pi * FREQUENCY * bound * (x.shape[1] - 1)
-        else:
-            angle = math.inf if _static(x) else math.pi * FREQUENCY * float(self._largest()) * (x.shape[1] - 1)
+        allowed, largest = tolerance(self.tolerance, x.dtype), self.largest
+        if largest is None and not _static(x):
+            largest = float(self._largest())
+        angle = math.inf if largest is None else math.pi * FREQUENCY * largest * (x.shape[1] - 1)
         # As many nodes as radians are too few: what a diverged model asks for is not even counted.
         nodes = rank(angle, allowed) if angle < MOST_NODES else None
         if nodes is None or nodes > MOST_NODES:
             y = any_cosines(q, k, wide, FREQUENCY, allowed)
         else:
             y = cosines(q, k, wide, 2 * math.pi * FREQUENCY, nodes)
-        if bound is not None:
-            y = y.masked_fill(self._largest() > bound, torch.nan)
+        if self.largest is not None:
+            y = y.masked_fill(self._largest() > self.largest, torch.nan)
         return rearrange((y * self.scale).to(x.dtype), "(b h) l p -> b l h p", h=x.shape[2])
 
     def _largest(self) -> Tensor:
         """max |q|, |k|; to read it, the host of a GPU waits."""
         return torch.stack([t.detach().abs().nan_to_num(0.0, 0.0).amax() for t in (self.q, self.k)]).max()
-
-
-@contextmanager
-def at_most(largest: float) -> Iterator[None]:
-    """Within it, no product waits to see how large q and k are; one of features above `largest` is NaN.
-
-    For CUDA graphs of short sequences: a known bound makes the quick way the same operations for all values.
-    """
-    global _bound
-    before, _bound = _bound, largest
-    try:
-        yield
-    finally:
-        _bound = before
 
 
 def _static(x: Tensor) -> bool:

@@ -1,4 +1,9 @@
-"""How a run ends before its end."""
+"""How a run ends before its end, and how that is told."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error of a library says, shortened: its message may be pages, or nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class UserError(ValueError):

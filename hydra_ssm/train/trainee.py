@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..bench.clock import captured, renew_generator
 from ..matrices.fusion import fused
-from ..matrices.vandermonde import Vandermonde, at_most
+from ..matrices.vandermonde import Vandermonde
 from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED
 from .baseline import Score
 from .batches import Batch
+from .errors import in_a_line
+from .replay import replayed
 from .workers import Say
 
-LARGEST = 64.0  # that a Vandermonde mixer's features ever are: normal ones stay below 7
+LARGEST = 64.0  # that Vandermonde's features ever are: normal ones stay below 7
 
 
 @dataclass(frozen=True)
 class How:
     """What makes a GPU's run fast. None of it changes what is computed but for rounding.
 
-    Where there is a graph, a Vandermonde mixer's product is NaN once a feature is beyond LARGEST.
+    In a graph, a Vandermonde mixer's product is NaN once a feature is beyond LARGEST.
     """
 
     graph: bool = True
@@ -85,7 +86,6 @@ class Trainee:
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
         self.graph, self.fuse = False, device.type == "cuda"  # whether it has one, whether it does
         self.compiled = how.compile and device.type == "cuda"
-        self.bounded = how.graph and device.type != "cpu"  # whether features beyond LARGEST are NaN
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
         self.total = torch.zeros(3, device=device)  # of the parts since it was read
         self._compute: Callable[[], Any] = self._forward_and_backward
@@ -103,9 +103,12 @@ class Trainee:
             for layer in self.net.model.encoder.layers:
                 layer.compile(dynamic=False)
             self._criterion = torch.compile(masked_loss, dynamic=False)
+        if self.how.graph:
+            self._bound(LARGEST)
         self._choose()
         if self.how.graph:
-            self._capture()
+            self._compute, self.graph = replayed(self._forward_and_backward, self.device, self.say)
+            self._bound(None)  # what is not replayed can look
         torch.cuda.synchronize()
 
     def _choose(self) -> None:
@@ -118,18 +121,17 @@ class Trainee:
             if not self.fuse:
                 raise
             self.fuse = False
-            self.say(f"nothing is fused, cauchy and vandermonde are slower: {_line(error)}")
+            self.say(f"nothing is fused, cauchy and vandermonde are slower: {in_a_line(error)}")
             self._compute()
 
-    def _capture(self) -> None:
-        try:
-            self._compute, self.graph = captured(self._forward_and_backward, self.device), True
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # an operation that waits for the device, or reads from the host
-            self.say(f"no CUDA graph, training is slower: {_line(error)}")
-            self.bounded = False
-            renew_generator(self.device)
+    def _bound(self, largest: float | None) -> None:
+        """For Vandermonde's features: a graph has the same operations for all values."""
+        for mixer in self._vandermonde():
+            mixer.settings = replace(mixer.settings, largest=largest)
+
+    def _vandermonde(self) -> list[MatrixMixer]:
+        mixers = [m for m in self.net.modules() if isinstance(m, MatrixMixer)]
+        return [mixer for mixer in mixers if issubclass(mixer.matrix_class, Vandermonde)]
 
     def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
         """One step of training on all of the parts. Nothing waits for the device."""
@@ -164,8 +166,7 @@ class Trainee:
 
     def doubt(self) -> str:
         """What else than a divergence may have made a loss of the training NaN."""
-        mixers = [m for m in self.net.modules() if isinstance(m, MatrixMixer)]
-        if not self.bounded or not any(issubclass(m.matrix_class, Vandermonde) for m in mixers):
+        if not self.graph or not self._vandermonde():
             return ""
         return f" (or a feature of vandermonde is beyond {LARGEST:g}, which is nan where there is a CUDA graph)"
 
@@ -198,22 +199,12 @@ class Trainee:
         assert self._batch is not None
         labels = self._batch.labels
         self.optimizer.zero_grad(set_to_none=True)
-        with self._settings():
+        with fused() if self.fuse else nullcontext():
             with autocast(self.device):
                 logits = self._logits(self._batch.input_ids, self._batch.places)
                 loss, right = self._criterion(logits, labels, self._batch.count)
             loss.backward()
         self.found = torch.stack([loss.detach().float(), right.float(), (labels != IGNORED).sum().float()])
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """Of the mixers: a graph has the same operations for all values, elsewhere they are those that are seen."""
-        with ExitStack() as stack:
-            if self.bounded:
-                stack.enter_context(at_most(LARGEST))
-            if self.fuse:
-                stack.enter_context(fused())
-            yield
 
     def _put(self, batch: Batch) -> None:
         """Into the tensors that a graph reads."""
@@ -224,8 +215,3 @@ class Trainee:
         else:
             for ours, new in zip(vars(self._batch).values(), vars(batch).values(), strict=True):
                 ours.copy_(new.pin_memory(), non_blocking=True)
-
-
-def _line(error: Exception) -> str:
-    """The first of what it says."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

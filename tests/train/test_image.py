@@ -24,7 +24,7 @@ from timm.task import ClassificationTask
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
-from hydra_ssm.train.image import evaluation, progress, sources, training
+from hydra_ssm.train.image import evaluation, progress, training
 from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
@@ -32,6 +32,7 @@ from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
 from hydra_ssm.train.image.result import create, load
 from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
+from hydra_ssm.train.image.sources.folders import Folder
 from hydra_ssm.train.image.training import Run, resume, train
 from hydra_ssm.vision.pictures import Unreadable, open_picture
 
@@ -366,8 +367,8 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flower
 
 def test_an_evaluation_reads_each_picture_once_for_both_kinds_of_weights(flowers, tmp_path, monkeypatch):
     read: list[int] = []
-    of_folder = sources.Folder.read
-    monkeypatch.setattr(sources.Folder, "read", lambda self, i: read.append(i) or of_folder(self, i))
+    of_folder = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, i: read.append(i) or of_folder(self, i))
     train(ImageRecipe.of(data=str(flowers), **TINY), tmp_path / "out")
     assert len(read) == 2 * (32 + 15)
 

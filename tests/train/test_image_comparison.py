@@ -9,10 +9,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -286,21 +284,6 @@ def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tm
     assert {r["row"]: len(r["seeds"]) for r in report["rows"]} == {"add": 2, "vit": 2}
     assert all(r["speed"]["step"] > 0 for r in report["rows"])
     assert report["failed"] == {}
-
-
-@pytest.mark.parametrize("problem", [RuntimeError, torch.OutOfMemoryError])
-def test_a_capture_that_fails_leaves_random_numbers_to_the_next_run(problem, monkeypatch):
-    """Whatever it fails of; where memory is short the run fails, else it goes on without a graph."""
-    renewed: list[torch.device] = []
-    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    monkeypatch.setattr(torch.cuda, "graph", MagicMock(side_effect=problem("it cannot be")))
-    monkeypatch.setattr(loop_module, "renew_generator", renewed.append)
-    replayed = loop_module.Replayed(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), "run")
-    with pytest.raises(problem) if problem is torch.OutOfMemoryError else nullcontext():
-        replayed._capture(torch.randn(4, 2), torch.rand(4, 2))
-    assert renewed == [CPU]
-    assert replayed.graph is None
 
 
 def test_runs_whose_process_lost_its_device_are_begun_in_another(digits, tmp_path, monkeypatch):

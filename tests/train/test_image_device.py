@@ -125,12 +125,12 @@ def test_on_a_gpu_a_step_is_a_graph_and_its_gradients_are_those_without(row):
     model = build(row, Plan.of("usual", {"drop_path": 0.0}), 10, 32).to(device)
     batches = [(torch.randn(16, 3, 32, 32, device=device), torch.randn(16, 10, device=device).softmax(1)) for _ in "ab"]
     criterion = SoftTargetCrossEntropy()
-    replayed = loop.Replayed(model, criterion, row)
+    step = loop.Step(model, criterion, print)
     drawn = torch.cuda.get_rng_state()
-    replayed(*batches[0])
-    assert replayed.graph is not None
+    step(*batches[0])
+    assert step.graph
     assert torch.equal(drawn, torch.cuda.get_rng_state())
-    loss = replayed(*batches[1])
+    loss = step(*batches[1])
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     expected = loop.forward(model, batches[1][0], criterion, batches[1][1])
@@ -163,7 +163,7 @@ def test_a_step_of_a_run_waits_for_nothing(tmp_path):
     prepare(None, tmp_path / "data")
     plan = Plan.of("small", {"vit_depth": 1})
     write_plan(plan, tmp_path)
-    run = loop.Run(plan, Data(tmp_path / "data"), Job("vit", 1e-3, 0, False))
+    run = loop.Run(plan, Data(tmp_path / "data"), Job("vit", 1e-3, 0, False), print)
     run.optimizer.step = lambda: None
     batches = run._batches(torch.randperm(len(run.train)))
     run._one_step(0, batches[0])

@@ -31,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ..checkpoints import newest_whole, remove_old, remove_unfinished, whole_folder
 from ..errors import Diverged, Stopped, UserError
 from ..workers import stopping
+from .baselines import logistic_regression, most_frequent
 from .evaluation import number_of_workers, score
 from .folder import DATA, TRAINED_ON, ImageFolder
 from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, training_transform
@@ -38,7 +39,7 @@ from .progress import Shown
 from .recipe import ImageRecipe
 from .report import finish
 from .result import create, on_device
-from .sources import Part, in_full, is_divided, logistic_regression, most_frequent, open_parts
+from .sources import Part, in_full, is_divided, open_parts
 
 STATE = "state.pt"
 SAY_EVERY = 1.0  # seconds

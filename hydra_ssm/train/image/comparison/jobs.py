@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...errors import UserError
+from ...errors import UserError, in_a_line
 from ...workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
 from .loop import Record, failure_of, finished, folder_of, train
 from .plan import Job
@@ -130,12 +130,11 @@ def _train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say
     except UserError:
         raise
     except Exception as error:  # of a kernel, a compiler, a library: the other rows have nothing to do with it
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError):
-            told = "it needs more memory than there is: choose fewer jobs or a smaller batch_size"
+        short = isinstance(error, torch.OutOfMemoryError)
+        told = "it needs more memory than there is: choose fewer jobs or a smaller batch_size" if short else ""
         failure_of(out, job).parent.mkdir(parents=True, exist_ok=True)
         failure_of(out, job).write_text(traceback.format_exc(), encoding="utf-8")
-        return Failed(told)
+        return Failed(told or in_a_line(error))
 
 
 def _work(out: Path, data: Path, job: Job, at_once: int) -> Outcome:

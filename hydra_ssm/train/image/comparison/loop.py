@@ -17,11 +17,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ....bench.clock import renew_generator
 from ....bench.machine import device_name
 from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_file, whole_folder
 from ...plans import read_plan
-from ...workers import Say, Until, speak
+from ...replay import replayed
+from ...workers import Say, Until
 from .augment import Random, augmented, normalized
 from .data import Data
 from .models import build
@@ -66,7 +66,7 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
     gc.collect()  # of the last run, before the next one captures: what it frees then would break the capture
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    run = Run(read_plan(Plan, out), Data(data), job)
+    run = Run(read_plan(Plan, out), Data(data), job, say)
     run.load(newest_whole(folder))
     saved = time.monotonic()
     while run.epoch < run.epochs and run.diverged is None:
@@ -87,7 +87,7 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
 class Run:
     """The state of a run, and how it advances by an epoch."""
 
-    def __init__(self, plan: Plan, data: Data, job: Job) -> None:
+    def __init__(self, plan: Plan, data: Data, job: Job, say: Say) -> None:
         self.plan, self.job = plan, job
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts = data.tuning() if job.tuning else (data.train, data.test)
@@ -110,7 +110,7 @@ class Run:
         self.epoch, self.seconds = 0, 0.0
         self.diverged: str | None = None
         self.curve: list[dict[str, float]] = []
-        self.step = self._step()
+        self.step = Step(self.model, SoftTargetCrossEntropy(), lambda told: say(f"{job}: {told}"))
 
     def one_epoch(self) -> None:
         """Train on all pictures once; score the weights where it is time."""
@@ -145,18 +145,6 @@ class Run:
         self.optimizer.step()
         self.ema.update(self.model, step=update + 2)  # its first decay would be 0 for two steps
         return loss
-
-    def _step(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """From a batch to its loss, the gradients being where the optimiser reads them."""
-        criterion = SoftTargetCrossEntropy()
-
-        def plain(x: Tensor, target: Tensor) -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = forward(self.model, x, criterion, target)
-            loss.backward()
-            return loss.detach()
-
-        return Replayed(self.model, criterion, str(self.job)) if self.device.type == "cuda" else plain
 
     @torch.no_grad()
     def scores(self) -> Score:
@@ -201,7 +189,7 @@ class Run:
             **last, "diverged": self.diverged, "parameters": sum(p.numel() for p in self.model.parameters()),
             "epochs": self.epochs, "steps": self.steps * self.epochs, "seconds": self.seconds, "curve": self.curve,
             "device": device_name(self.device), "torch": torch.__version__,
-            "graph": isinstance(self.step, Replayed) and self.step.graph is not None,
+            "graph": self.step.graph,
         }  # fmt: skip
 
 
@@ -212,56 +200,35 @@ def forward(model: nn.Module, x: Tensor, criterion: nn.Module | None = None, tar
     return logits.float() if criterion is None else criterion(logits.float(), target)
 
 
-class Replayed:
-    """Forward and backward as a CUDA graph: small layers would wait for Python. Where none can be made, without."""
+class Step:
+    """Forward and backward, on a GPU as a CUDA graph: small layers would wait for Python."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, name: str) -> None:
-        self.model, self.criterion, self.name = model, criterion, name
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.tried = False
+    def __init__(self, model: nn.Module, criterion: nn.Module, say: Say) -> None:
+        self.model, self.criterion, self.say = model, criterion, say
+        self.graph = False  # whether it is one
+        self._run: Callable[[], object] | None = None
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        if not self.tried:
-            self.tried = True
-            drawn = torch.cuda.get_rng_state(x.device)
-            self._capture(x, target)
-            torch.cuda.set_rng_state(drawn, x.device)  # a resumed run draws what one does that captured at its start
-        if self.graph is None:
-            self._clear()
-            return self._run(x, target).detach()
+        """The loss of a batch, whose gradients are where the optimiser reads them."""
+        if self._run is None:
+            self.x, self.target = x.clone(), target.clone()
+            self._run = self._first()
         self.x.copy_(x)
         self.target.copy_(target)
-        self.graph.replay()
+        self._run()
         return self.loss.clone()
 
-    def _run(self, x: Tensor, target: Tensor) -> Tensor:
-        loss = forward(self.model, x, self.criterion, target)
+    def _first(self) -> Callable[[], object]:
+        device = self.x.device
+        if device.type != "cuda":
+            return self._compute
+        drawn = torch.cuda.get_rng_state(device)
+        run, self.graph = replayed(self._compute, device, self.say)
+        torch.cuda.set_rng_state(drawn, device)  # a resumed run draws what one does that captured at its start
+        return run
+
+    def _compute(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        loss = forward(self.model, self.x, self.criterion, self.target)
         loss.backward()
-        return loss
-
-    def _clear(self) -> None:
-        for p in self.model.parameters():
-            p.grad = None
-
-    def _capture(self, x: Tensor, target: Tensor) -> None:
-        self.x, self.target = x.clone(), target.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # kernels are compiled and chosen, libraries begin
-            for _ in range(3):
-                self._clear()
-                self._run(self.x, self.target)
-        torch.cuda.current_stream().wait_stream(side)
-        self._clear()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.loss = self._run(self.x, self.target).detach()
-        except RuntimeError as problem:  # an operation that waits for the device, or reads from the host
-            torch.cuda.synchronize()
-            renew_generator(x.device)  # also for the next run of this process, where this one cannot go on
-            if isinstance(problem, torch.OutOfMemoryError):
-                raise
-            speak(f"{self.name}: no CUDA graph: {' '.join(str(problem).split())[:200]}")
-            return
-        self.graph = graph
+        self.loss = loss.detach()

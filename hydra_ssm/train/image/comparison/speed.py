@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....bench.clock import Run, renew_generator
+from ....bench.clock import Run
 from ....bench.machine import facts
 from ....bench.measure import measure
 from ....bench.report import Row
 from ...checkpoints import whole_file
+from ...errors import in_a_line
 from ...workers import Say
 from .jobs import device_works
 from .loop import forward
@@ -91,13 +92,11 @@ def _measured(name: str, batch: int, tokens: int, make: Callable[[], dict[str, R
     try:
         return measure(name, batch, tokens, make, device)
     except Exception as error:
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        return Row(name, batch, tokens, note=f"{FAILED}: {told}")
+        return Row(name, batch, tokens, note=f"{FAILED}: {in_a_line(error)}")
     finally:
         gc.collect()
         if device.type == "cuda" and device_works():
             torch.cuda.empty_cache()
-            renew_generator(device)
 
 
 def _line(row: dict[str, Any]) -> str:
