@@ -3,7 +3,7 @@
     python docs/ablation_figures.py
 
 Reads what `hydra-ssm ablate` wrote: results/ablation_small.json, and where they are there results/ablation.json and
-results/ablation_unmatched.json, whose figures stand beside the paper's.
+results/ablation_unmatched.json, whose figures stand beside the paper's, and what `benchmarks/more_ablation.py` wrote.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- figures: docs/ablation_figures.py writes what follows -->", "<!-- end of figures -->"
+MORE = {"ablation_identity": "The same block with nothing mixed", "ablation_longer": "A few rows, four times as long"}
 NONE = "-"
 NO_TIMES = "Times a step are left out: on a CPU they are as much those of other programs as of the row."
 
@@ -158,6 +159,10 @@ def main() -> None:
         if report is not None:
             lines += [f"## All rows, {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
             lines += [*all_rows(report), *picture(report, name)]
+    for name, heading in MORE.items():
+        report = read(name)
+        if report is not None:
+            lines += [f"### {heading}", "", *all_rows(report)]
     if small is not None:
         lines += ["## The small comparison", "", *all_rows(small), *picture(small, "ablation_small")]
     page = PAGE.read_text(encoding="utf-8")
