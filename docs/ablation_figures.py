@@ -19,7 +19,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- figures: docs/ablation_figures.py writes what follows -->", "<!-- end of figures -->"
-MORE = {"ablation_identity": "The same block with nothing mixed", "ablation_longer": "A few rows, four times as long"}
+MORE = {"ablation_identity": "The same block with nothing mixed", "ablation_longer": "A few rows, three times as long"}
 NONE = "-"
 NO_TIMES = "Times a step are left out: on a CPU they are as much those of other programs as of the row."
 
