@@ -1,9 +1,11 @@
-"""A text file, and sums that are the same in every process."""
+"""A text file, sums that are the same in every process, and processes that need not import everything again."""
 
+from multiprocessing import context
 from pathlib import Path
 
 import pytest
 import torch
+from processes import warm
 from small_text import sentences
 
 
@@ -18,3 +20,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_thread() -> None:
     """More would add in another order than the processes that the tests start."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is begun with `spawn` comes out of a process that has imported; its environment is that of the first."""
+    monkeypatch.setitem(context._concrete_contexts, "spawn", warm())

@@ -1,27 +1,62 @@
 """Processes that a test starts, waits for and ends: however slow the machine is, and whatever else it does."""
 
+import multiprocessing
+import os
 import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+import torch
 
 LONGEST = 300.0  # seconds: more than anything takes on a busy machine
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[Any] | None = None) -> None:
+IMPORTED = ("hydra_ssm.train.pretrain", "hydra_ssm.train.comparison", "hydra_ssm.train.image.comparison",
+            "hydra_ssm.train.data.prepare", "hydra_ssm.train.finetune")  # fmt: skip
+
+
+def warm() -> ForkServerContext:
+    """Processes out of one that has imported what takes seconds, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    return context
+
+
+def start(target: Callable[..., object], *arguments: object, **settings: object) -> ForkServerProcess:
+    """A process that calls it, on one thread."""
+    process = warm().Process(target=_quietly, args=(target, arguments, settings))
+    process.start()
+    return process
+
+
+def _quietly(target: Callable[..., object], arguments: tuple[object, ...], settings: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    target(*arguments, **settings)
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[Any] | ForkServerProcess | None = None
+) -> None:
     """Fails where the process that was to bring it about has ended without."""
     end = time.monotonic() + LONGEST
     while True:
-        ended = process is not None and process.poll() is not None  # before looking: it may do it and end in between
+        ended = process is not None and _ended(process)  # before looking: it may do it and end in between
         if condition():
             return
-        assert not ended, process and process.communicate()
+        assert not ended, process.communicate() if isinstance(process, subprocess.Popen) else process
         if time.monotonic() > end:
             if process is not None:
                 process.kill()
             raise AssertionError(f"it has not come about in {LONGEST:g} s")
         time.sleep(0.005)  # looking takes time from who is looked at
+
+
+def _ended(process: subprocess.Popen[Any] | ForkServerProcess) -> bool:
+    return (process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) is not None
 
 
 def children(pid: int) -> list[int]:

@@ -3,10 +3,6 @@
 import importlib.util
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import wait_until
+from processes import start, wait_until
 from small_glue import write_glue
 from small_text import sentences
 
@@ -41,10 +37,6 @@ TINY: dict[str, Any] = {
     "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,), "task_batch": 32,
     "save_after": 0.1,
 }  # fmt: skip
-CALL = (
-    "import json, sys; from hydra_ssm.train.comparison import compare; "
-    "compare(*sys.argv[1:3], **json.loads(sys.argv[3]))"
-)
 
 
 @pytest.fixture(scope="module")
@@ -360,17 +352,14 @@ def test_the_standard_error_of_a_loss_is_that_of_drawing_its_parts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_processes")
 def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Path) -> None:
     whole = compare(folder, tmp_path / "whole", say=lambda _: None, **TINY, stages=("tokens",))
     killed = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", CALL, str(folder), str(killed), json.dumps(TINY | {"stages": ["tokens"]})],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start(compare, folder, killed, **TINY, stages=("tokens",))
     wait_until(lambda: [*killed.glob("checkpoints/tokens-hydra-seed-0/checkpoint-*")], process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (killed / "runs" / "tokens-bert-seed-0.json").exists()
     with pytest.raises(UserError, match=r"seeds is \(0, 1\) in the comparison in .*killed, got \(0,\): choose another"):
         compare(folder, killed, say=lambda _: None, **TINY | {"seeds": [0]})

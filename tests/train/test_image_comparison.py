@@ -2,12 +2,8 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import wait_until
+from processes import start, wait_until
 
 pytest.importorskip("timm")
 
@@ -158,19 +154,18 @@ def test_rates_are_chosen_on_training_pictures_alone(digits):
     torch.testing.assert_close(together, data.train.pixels.flatten(1).long().sum(1).sort()[0])
 
 
+def saving_always(*given, **settings):
+    loop_module.SAVE_AFTER = 0
+    compare(*given, **settings)
+
+
 def test_a_killed_comparison_goes_on_to_the_same_bits(digits, tmp_path):
     whole = compare(digits, tmp_path / "whole", rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from hydra_ssm.train.image.comparison import compare, loop\n"
-        "loop.SAVE_AFTER = 0\n"
-        f"compare(sys.argv[1], sys.argv[2], rows=['hydra_vit'], seeds=[1], stages=['runs'], **{TINY!r})\n"
-    )
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", program, str(digits), str(out)], env=os.environ)
+    process = start(saving_always, digits, out, rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
     wait_until(lambda: [*out.glob("runs/*/checkpoint-*")], process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not list(out.glob("runs/*.json"))
     again = compare(digits, out, rows=["hydra_vit"], seeds=[1], stages=["runs"], **TINY)
     assert again["runs"][0]["curve"] == whole["runs"][0]["curve"]
@@ -179,6 +174,7 @@ def test_a_killed_comparison_goes_on_to_the_same_bits(digits, tmp_path):
         compare(digits, out, epochs=4)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_comparison_that_runs_out_of_time_keeps_what_it_has_and_goes_on(digits, tmp_path, capsys):
     settings = {**TINY, "learning_rates": (1e-3, 3e-2), "epochs": 1, "tuning_epochs": 1}
     stages = ["speed", "tuning", "runs"]
