@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .matrices import MATRICES, Inputs, Placed, Projected, Settings, StructuredMatrix
-from .ops import Documents, Layout, layout, per_document, rows
+from .ops import Documents, Layout, last_linear, layout, per_document, rows
 from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
@@ -174,13 +174,22 @@ class MatrixMixer(nn.Module):
         ):
             y = self.matrix_class.fused(self._block(projected, documents))
             if y is not None:
-                return self.out_proj(y)
+                return self._out(y)
         z, inputs = self._inputs(projected, documents)
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
             y = y + inputs.x if self.matrix_class.skip else y
             return self.out_proj(self.norm(y.flatten(2), z, self._layer_impl))
         return self.out_proj(y.flatten(2))
+
+    def _out(self, y: Tensor) -> Tensor:
+        """out_proj(y) of a y that nobody else holds; nobody sees its gradient where no hook waits for it."""
+        out = self.out_proj
+        hooks = out._backward_hooks or out._backward_pre_hooks or nn.modules.module._has_any_global_hook()
+        if hooks or not (_as_made(out, nn.Linear) and torch.is_grad_enabled()):
+            projected: Tensor = out(y)
+            return projected
+        return last_linear(y, out.weight, out.bias)
 
     def _matrix(self, inputs: Inputs) -> StructuredMatrix:
         """The class's matrix; one for each document where it cannot take many in a row, or rows this long."""

@@ -3,6 +3,7 @@
 from .block import fused_block
 from .conv import short_conv
 from .documents import Documents, Layout, layout, per_document, rows
+from .linear import last_linear
 from .norm import gated_rms_norm
 from .orders import Order, Ordering, make_orders
 from .semiseparable import semiseparable
@@ -16,6 +17,7 @@ __all__ = [
     "Triangle",
     "fused_block",
     "gated_rms_norm",
+    "last_linear",
     "layout",
     "make_orders",
     "per_document",

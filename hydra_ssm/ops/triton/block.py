@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear import is_spent
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
@@ -93,7 +94,10 @@ def block_forward(
     projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], eps: float, ids: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Kept]:  # fmt: skip
-    """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H); keep: with the states of the backward's plan."""
+    """normed (B, L, inner) of projected (B, L, 2 inner + 4 G N + 2 H).
+
+    keep: what is kept serves the backward pass; else normed takes the place of y.
+    """
     z, wet, dt_f, dt_b = sizes.parts(projected)
     xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(xBC)
@@ -103,26 +107,32 @@ def block_forward(
     decays = find_decays(x, steps, ids, projection if how.project else projection.rounded(), how)
     y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, None, how, decays)
     y = y.flatten(2)
-    normed, rstd = norm_forward(y, z, weights.norm, eps)
+    normed, rstd = norm_forward(y, z, weights.norm, eps, out=None if keep else y)
     assert decays.diagonal is not None
     return normed, Kept(xBC, y, rstd, states, decays.sums, decays.steps, decays.totals, decays.diagonal)
 
 
 def block_backward(
     dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float],
-    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool,
+    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool, spent: Tensor | None = None,
 ) -> Weights:  # fmt: skip
-    """Writes dprojected, which may be projected; returns the gradients of the weights. reuse: kept is written over."""
+    """Writes dprojected, which may be projected; returns the gradients of the weights.
+
+    reuse: what is kept is written over, y by its gradient and x, B and C by theirs. spent: a tensor whose memory is
+    given back once dnormed has been read.
+    """
     z, wet, dt_f, dt_b = sizes.parts(projected)
     dz, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
     dy = kept.y if reuse else torch.empty_like(kept.y)
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
     norm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz, x)
+    if spent is not None:
+        spent.untyped_storage().resize_(0)
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None
     ddiagonal = norm.diagonal.flatten(0, 1)
     dfc_D = _product(ddiagonal.T, x.flatten(2).flatten(0, 1))
-    dxBC = torch.empty_like(kept.xBC)
+    dxBC = kept.xBC if reuse else torch.empty_like(kept.xBC)
     dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
     into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
@@ -206,7 +216,11 @@ def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor,
 def _gradients(
     dnormed: Tensor, projected: Tensor, dprojected: Tensor, reuse: bool, *inputs: Any
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dprojected and the gradients of the weights; batch by batch where the forward pass is found again."""
+    """dprojected and the gradients of the weights; batch by batch where the forward pass is found again.
+
+    reuse: what is kept may be written over, and dnormed given back if it says that nobody else has it.
+    """
+    spent = dnormed if reuse and is_spent(dnormed) else None
     *tensors, shape, low, high, eps = inputs[:-8]
     *values, ids = packed(*tensors)
     dnormed, batch = dnormed.contiguous(), projected.shape[0]
@@ -222,8 +236,10 @@ def _gradients(
         with torch.autocast(part.device.type, enabled=False):  # the forward pass has already chosen
             again = kept or block_forward(part, weights, sizes, limits, eps, own_ids, True)[1]
             grads = block_backward(
-                dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None
-            )
+                dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None,
+                spent if some.stop >= batch else None,
+            )  # fmt: skip
+            del again  # before the next is found
         more = [getattr(grads, f.name) for f in fields(grads)]
         sums = [a if b is None else a + b for a, b in zip(more, sums, strict=True)] if sums else more
     return dprojected, [None if g is None else g.to(t.dtype) for g, t in zip(sums, values, strict=True)]
@@ -253,7 +269,7 @@ def _differentiate(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | 
         to = projected.detach() if ctx.spent == 2 else projected.new_empty(projected.shape)
         grads = where_it_lies(_gradients, dnormed, projected, to, True, *values, *ctx.options, *kept)
         found: list[Tensor | None] = [grads[0], *grads[1]]
-        torch.autograd.graph.increment_version([projected, kept[1]][2 - ctx.spent :])
+        torch.autograd.graph.increment_version([projected, *kept[:2]][2 - ctx.spent :])
     else:
         found = list(torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept))
     given = (projected, *values[:7])

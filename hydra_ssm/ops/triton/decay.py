@@ -268,6 +268,11 @@ class Decays:
     diagonal: Tensor | None  # (B, H, L')
     shifted: bool = True  # rows read what their neighbour has read: with its C, up to its own step
 
+    def of(self, rows: slice) -> Decays:
+        """Those of some rows of the batch."""
+        steps, diagonal = (None if t is None else t[rows] for t in (self.steps, self.diagonal))
+        return Decays(self.sums[rows], steps, self.totals[rows], diagonal, self.shifted)
+
 
 @dataclass(frozen=True)
 class Projection:

@@ -59,6 +59,7 @@ def _part(
     sums_stride,
     product_stride,
     state_stride,
+    other_stride,
     stride_vl,
     stride_vh,
     stride_fl,
@@ -127,7 +128,7 @@ def _part(
                 g *= (left == last).to(tl.float32)
             product = _product(state_f, other, PACKED)
         else:
-            other = tl.load(other_states + (h * (N * P) + state_stride) + entry)
+            other = tl.load(other_states + (h * (N * P) + other_stride) + entry)
             g = tl.exp2(total_b)
             if HAS_IDS:
                 g *= (right == first).to(tl.float32)
@@ -138,7 +139,7 @@ def _part(
     tl.store(to + 2 * through_stride, grad_b)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "G", "heads"])
+@triton.jit(do_not_specialize=["L", "chunks", "start", "held", "G", "heads"])
 def _feature_grads_kernel(
     x,
     dy,
@@ -158,10 +159,13 @@ def _feature_grads_kernel(
     L,
     G,
     chunks,
+    start,
+    held,
     through_stride,
     sums_stride,
     product_stride,
     state_stride,
+    adjoint_stride,
     stride_xb,
     stride_xl,
     stride_xh,
@@ -192,12 +196,13 @@ def _feature_grads_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks G, C or B); HEADS are all of a group."""
+    """Grid (B held G, C or B), of the chunks `held` from `start`; HEADS are all of a group."""
     pid = tl.program_id(0).to(tl.int64)
     kind = pid % 2
     group = pid // 2 % G
-    chunk = pid // (2 * G) % chunks
-    batch = pid // (2 * G * chunks)
+    place = pid // (2 * G) % held
+    chunk = start + place
+    batch = pid // (2 * G * held)
     head0 = group * HEADS
     first = batch * G * HEADS + head0
     decays += (first * chunks + chunk) * (Q * 4)
@@ -206,25 +211,25 @@ def _feature_grads_kernel(
     sums += (first * chunks + chunk) * Q + kind * sums_stride
     products += first * chunks + chunk
     ids += batch * L
-    at = ((batch * chunks + chunk) * G + group) * (HEADS * N * P)
+    at = ((batch * held + place) * G + group) * (HEADS * N * P)
     states += at
     adjoint += at
-    through += ((batch * G + group) * chunks + chunk) * (Q * N) + kind * through_stride
+    through += ((batch * G + group) * held + place) * (Q * N) + kind * through_stride
     if kind == 0:
         _part(
             dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
             C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
-            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_yl,
-            stride_yh, stride_Cfl, stride_Cbl, heads, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION,
-            STAGES,
+            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, adjoint_stride,
+            stride_yl, stride_yh, stride_Cfl, stride_Cbl, heads, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
+            PRECISION, STAGES,
         )  # fmt: skip
     else:
         _part(
             x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
             B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
-            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, stride_xl,
-            stride_xh, stride_Bfl, stride_Bbl, heads, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P, PRECISION,
-            STAGES,
+            products, L, chunks, chunk, through_stride, sums_stride, product_stride, adjoint_stride, state_stride,
+            stride_xl, stride_xh, stride_Bfl, stride_Bbl, heads, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
+            PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -237,31 +242,42 @@ class FeatureGradsConfig:
 
 
 @dataclass(frozen=True)
-class StateGrads:
-    """What the states give to B, C, dt and A, float32."""
+class StateSums:
+    """What the states give to dt and A, float32."""
 
-    through: Tensor  # (4, B, G, L', N) parts of dC_f, dB_f, dC_b, dB_b, those of C in the rows that read with it
     sums: Tensor  # (4, B, H, L') Rst and Cst, causal, then anticausal
     products: Tensor  # (2, B, H, chunks) 2^total <T, S>
+
+    @classmethod
+    def empty(cls, decays: Decays) -> StateSums:
+        new, (batch, H, L, _) = decays.sums.new_empty, decays.sums.shape
+        return cls(new(4, batch, H, L), new(2, *decays.totals.shape[:3]))
+
+    def of(self, rows: slice) -> StateSums:
+        return StateSums(self.sums[:, rows], self.products[:, rows])
 
 
 def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor, adjoint: Tensor, Q: int, config: FeatureGradsConfig, precision: str,
-) -> StateGrads:  # fmt: skip
-    """The gradients through the states S and their adjoint T of chunks of Q tokens."""
+    states: Tensor, adjoint: Tensor, sums: StateSums, Q: int, config: FeatureGradsConfig, precision: str,
+    start: int = 0,
+) -> Tensor:  # fmt: skip
+    """The gradients through the states S and their adjoint T of the chunks (of Q tokens) from `start` that T is of.
+
+    Writes their sums; returns (4, B, G, tokens of these chunks, N), parts of dC_f, dB_f, dC_b and dB_b, those of C in
+    the rows that read with it. S and T are (2, B, chunks, H, N, P), of which the first stride may be any.
+    """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
-    chunks = cdiv(L, Q)
-    new = decays.sums.new_empty
-    found = StateGrads(new(4, batch, G, chunks * Q, N), new(4, batch, H, chunks * Q), new(2, batch, H, chunks))
+    held = adjoint.shape[2]
+    through = decays.sums.new_empty(4, batch, G, held * Q, N)
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
-    _feature_grads_kernel[(batch * chunks * G * 2,)](
+    _feature_grads_kernel[(batch * held * G * 2,)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-        x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, chunks,
-        found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0), *strides, H // G,
-        SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
+        x if ids is None else ids, states, adjoint, through, sums.sums, sums.products, L, G, cdiv(L, Q), start, held,
+        through.stride(0), sums.sums.stride(0), sums.products.stride(0), states.stride(0), adjoint.stride(0), *strides,
+        H // G, SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
         PACKED=x.dtype == torch.bfloat16, Q=Q, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
-    return found
+    return through

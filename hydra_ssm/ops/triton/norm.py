@@ -121,14 +121,16 @@ BACKWARD = NormConfig(programs=528)
 WITH_DIAGONAL = NormConfig(programs=264, stages=3)
 
 
-def norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, how: NormConfig = FORWARD) -> tuple[Tensor, Tensor]:
-    """(out, rstd): out (B, L, D) in y's dtype, rstd (B, L) float32.
+def norm_forward(
+    y: Tensor, z: Tensor, weight: Tensor, eps: float, how: NormConfig = FORWARD, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, rstd): out (B, L, D) in y's dtype, rstd (B, L) float32. Given, out is contiguous and may be y.
 
     y (B, L, D) is contiguous, z (B, L, D) may be a strided view with unit last stride, weight is (D,) of any dtype.
     """
     _check(y.shape, (y,), (z,))
     batch, L, D = y.shape
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device) if out is None else out
     rstd = torch.empty(batch, L, dtype=torch.float32, device=y.device)
     grid, constants = how.launch(batch * L, D, y.itemsize)
     _norm_forward_kernel[(grid,)](y, z, weight, out, rstd, batch * L, L, *z.stride()[:2], eps, **constants)

@@ -17,6 +17,8 @@ from .value_grads import ValueGradsConfig
 
 AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and beyond; less than other GPUs of NVIDIA's
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
+HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
+NARROW = 132  # programs: fewer walks than that, where the batch is taken in parts, have half of a state each
 FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
 
@@ -27,6 +29,7 @@ class Plan:
     chunk: int = 128
     pair: bool = False  # where one chunk is all there is, the backward pass takes it in two tiles
     split: int = 1  # parts that heads which share B and C are dealt to, where chunks are too few to fill a device
+    held: int = 1 << 62  # chunks whose adjoint states are in memory at once
     project: bool = False  # the diagonal where the decays are found, not before
     precision: str = "ieee"  # of float32 products, exact; ignored for 16-bit types
     states: StatesConfig = field(default_factory=StatesConfig)
@@ -75,6 +78,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
+        held=cdiv(HELD, chunk),
         project=few and H * P <= NARROW,
         states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=stages[0]),
         output=output,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .decay import Decays, Projection, Steps, chunk_decays
-from .feature_grads import feature_grads
+from .feature_grads import StateSums, feature_grads
 from .output import chunk_outputs
-from .plan import Plan, plan
+from .plan import NARROW, Plan, plan
 from .sizes import cdiv
-from .states import chunk_states
+from .states import StatesConfig, chunk_states, stretch_borders
 from .step_grads import step_grads
-from .value_grads import value_grads
+from .value_grads import TileSums, value_grads
 
+Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of B_f, C_f, B_b, C_b, or their gradients
 LONGEST = 1 << 28  # heads are apart by offsets of 32 bits, of up to 8 a token
 
 
@@ -72,29 +73,26 @@ def quasiseparable_backward(
     """
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
-    Q, precision = how.chunk, how.precision
     grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
     features = B_f, C_f, B_b, C_b = _dealt((B_f, C_f, B_b, C_b), how)
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     if states is None:
         states = _states(x, B_f, B_b, decays, ids, how)
-    elif states.shape[2] != cdiv(x.shape[1], Q):
-        raise ValueError(f"saved states must be of chunks of {Q} tokens, got {states.shape[2]} for {x.shape[1]} tokens")
-    adjoint = _states(dy, C_f, C_b, decays, ids, how, adjoint=True)
-    through = None
-    if states is not None:
-        assert adjoint is not None
-        through = feature_grads(x, dy, features, decays, ids, states, adjoint, Q, how.feature_grads, precision)
+    elif states.shape[2] != cdiv(x.shape[1], how.chunk):
+        raise ValueError(
+            f"saved states must be of chunks of {how.chunk} tokens, got {states.shape[2]} for {x.shape[1]} tokens"
+        )
     dx = _to(into.dx, x)
     parts = grads
     if how.split > 1:
         new = partial(torch.empty, B_f.shape, dtype=torch.float32, device=x.device)
         parts = new(), new(), new(), new()
-    tiles = value_grads(
-        x, dy, features, decays, ids, adjoint, through, dx, parts, Q, how.pair, how.value_grads, precision, back
-    )
+    pair, found = how.pair and x.shape[1] <= how.chunk, decays.diagonal is not None and back is None
+    tiles = TileSums.empty(decays, pair, found)
+    sums = None if states is None else StateSums.empty(decays)
+    _each_part(dy, x, features, decays, ids, states, how, dx, parts, tiles, sums, back)
     ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
-        steps, ids, diagonal, tiles, through, Q, into.ddt_f, into.ddt_b, decays.shifted
+        steps, ids, diagonal, tiles, sums, how.chunk, into.ddt_f, into.ddt_b, decays.shifted
     )
     if how.split > 1:
         for grad, part in zip(grads, parts, strict=True):
@@ -103,7 +101,71 @@ def quasiseparable_backward(
     return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
 
 
-def _dealt(features: tuple[Tensor, Tensor, Tensor, Tensor], how: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _each_part(
+    dy: Tensor, x: Tensor, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None, how: Plan,
+    dx: Tensor, dfeatures: Four, tiles: TileSums, sums: StateSums | None, back: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """All that reads the adjoint states, for so many rows of the batch or stretches of a row as they are held for.
+
+    Each part writes its own rows and reads those of no other: the parts change no bit.
+    """
+    Q, precision = how.chunk, how.precision
+    for rows in _rows(x.shape[0], cdiv(x.shape[1], Q), how):
+        own = decays.of(rows)
+        x_, dy_, dx_, ids_ = x[rows], dy[rows], dx[rows], None if ids is None else ids[rows]
+        of_rows, dof_rows = _each(features, rows), _each(dfeatures, rows)
+        back_ = None if back is None else (back[0][rows], back[1])
+        tiles_ = tiles.of(rows)
+        if states is None or sums is None:
+            value_grads(
+                x_, dy_, of_rows, own, ids_, None, None, dx_, dof_rows, tiles_, Q, how.value_grads, precision, back_
+            )
+            continue
+        states_, sums_ = states[:, rows], sums.of(rows)
+        spans = _spans(x_.shape[0], states.shape[2], how)
+        config = how.states if len(spans) == 1 and dy_.shape == dy.shape else _of_part(dy_, len(spans[0]), how)
+        walk = of_rows[1], of_rows[3], dy_, own, ids_, Q, config, precision, True
+        borders = stretch_borders(*walk)
+        for some in spans:
+            adjoint = chunk_states(*walk, borders, some)
+            through = feature_grads(
+                x_, dy_, of_rows, own, ids_, states_[:, :, some.start : some.stop], adjoint, sums_, Q,
+                how.feature_grads, precision, some.start,
+            )  # fmt: skip
+            value_grads(
+                x_, dy_, of_rows, own, ids_, adjoint, through, dx_, dof_rows, tiles_, Q, how.value_grads, precision,
+                back_, some.start,
+            )  # fmt: skip
+            del adjoint, through  # their memory is the next part's
+
+
+def _rows(batch: int, chunks: int, how: Plan) -> list[slice]:
+    """Rows of the batch, about as many at a time, with so many chunks in all as are held; each alone if it has more."""
+    size = batch if chunks == 1 else cdiv(batch, min(batch, cdiv(batch * chunks, how.held)))
+    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
+def _spans(batch: int, chunks: int, how: Plan) -> list[range]:
+    """Whole stretches of a row alone, about as many at a time, with as many chunks as are held."""
+    stretch = how.states.length(chunks)
+    stretches = cdiv(chunks, stretch) if batch == 1 else 1
+    size = stretch * cdiv(stretches, min(stretches, cdiv(chunks, how.held))) if stretches > 1 else chunks
+    return [range(first, min(first + size, chunks)) for first in range(0, chunks, size)]
+
+
+def _of_part(v: Tensor, chunks: int, how: Plan) -> StatesConfig:
+    """How to walk through so many chunks of v (B, L, H, P): with half of a state each, where walks are few."""
+    batch, L, H, P = v.shape
+    walks = 2 * batch * H * cdiv(chunks, how.states.length(cdiv(L, how.chunk)))
+    return replace(how.states, split=2) if walks <= NARROW and P > 16 else how.states
+
+
+def _each(four: Four, rows: slice) -> Four:
+    a, b, c, d = (t[rows] for t in four)
+    return a, b, c, d
+
+
+def _dealt(features: Four, how: Plan) -> Four:
     """The features as several groups that are one in memory, where the plan splits the heads of their group."""
     if how.split == 1:
         return features
@@ -122,9 +184,8 @@ def find_decays(
     return chunk_decays(steps, ids, diagonal, how.chunk, x.dtype.itemsize == 2, shifted, how.precision)
 
 
-def _states(
-    v: Tensor, u_f: Tensor, u_b: Tensor, decays: Decays, ids: Tensor | None, how: Plan, adjoint: bool = False
-) -> Tensor | None:
-    if cdiv(v.shape[1], how.chunk) == 1:
+def _states(x: Tensor, B_f: Tensor, B_b: Tensor, decays: Decays, ids: Tensor | None, how: Plan) -> Tensor | None:
+    if cdiv(x.shape[1], how.chunk) == 1:
         return None
-    return chunk_states(u_f, u_b, v, decays, ids, how.chunk, how.states, how.precision, adjoint)
+    walk = B_f, B_b, x, decays, ids, how.chunk, how.states, how.precision, False
+    return chunk_states(*walk, stretch_borders(*walk))

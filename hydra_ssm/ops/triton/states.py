@@ -7,12 +7,14 @@ Per chunk, from the states that enter it (u and v rows of features and values, d
 
 A program walks over the chunks of one head and direction with the state in registers. Where heads are too few to fill
 the device, it walks over a stretch of the chunks: a first kernel finds what each stretch adds, a scan over the
-stretches what enters each of them, and the walk starts from there.
+stretches what enters each of them, and the walk starts from there. Then the states of a few stretches can be found
+without the others, wherever they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -52,6 +54,7 @@ def _walk(
     state_stride,
     stride_ul,
     stride_vl,
+    p,
     DIRECTION: tl.constexpr,
     ADJOINT: tl.constexpr,
     NEIGHBOUR: tl.constexpr,
@@ -64,15 +67,14 @@ def _walk(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Chunks first .. first + count - 1, in the order that the direction reads them."""
+    """Chunks first .. first + count - 1, in the order that the direction reads them; the columns p of their states."""
     i = tl.arange(0, Q)
     n = tl.arange(0, N)
-    p = tl.arange(0, P)
     entry = n[:, None] * P + p[None, :]
     if BORDERS:
         state = tl.load(borders + entry)
     else:
-        state = tl.zeros([N, P], tl.float32)
+        state = tl.zeros([N, p.shape[0]], tl.float32)
     for s in tl.range(0, count, num_stages=STAGES):
         if DIRECTION == ADJOINT:
             chunk = first + s
@@ -98,7 +100,7 @@ def _walk(
         state = tl.dot(tl.trans(us), values, state * g, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "stretch"])
+@triton.jit(do_not_specialize=["L", "chunks", "stretch", "stretches", "start", "held"])
 def _states_kernel(
     u_f,
     u_b,
@@ -114,6 +116,9 @@ def _states_kernel(
     heads_per_group,
     chunks,
     stretch,
+    stretches,
+    start,
+    held,
     stride_fb,
     stride_fl,
     stride_fg,
@@ -131,17 +136,19 @@ def _states_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B H directions, stretches of chunks)."""
+    """Grid (B H directions, stretches, P / WIDTH), of the chunks `held` from `start`: states has room for these."""
     pid = tl.program_id(0)
     direction = pid % 2
     head = pid // 2 % H
     batch = (pid // (2 * H)).to(tl.int64)
-    number = tl.program_id(1).to(tl.int64)
-    first = number * stretch
+    first = start + tl.program_id(1).to(tl.int64) * stretch
+    number = first // stretch
     count = tl.minimum(stretch, chunks - first)
+    p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
@@ -149,18 +156,18 @@ def _states_kernel(
     totals += (batch * H + head) * (chunks * 2)
     ids += batch * L
     slot = direction * (tl.num_programs(0) // (2 * H)) + batch  # (direction, batch) as one number
-    states += (slot * chunks * H + head) * (N * P)
-    borders += ((slot * tl.num_programs(1) + number) * H + head) * (N * P)
+    states += ((slot * held - start) * H + head) * (N * P)
+    borders += ((slot * stretches + number) * H + head) * (N * P)
     if direction == 0:
         _walk(
             u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_fl, stride_vl,
+            first, count, H * N * P, stride_fl, stride_vl, p,
             0, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _walk(
             u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_bl, stride_vl,
+            first, count, H * N * P, stride_bl, stride_vl, p,
             1, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
@@ -316,51 +323,78 @@ def _join_kernel(
 
 @dataclass(frozen=True)
 class StatesConfig:
-    """Chunks of a stretch (0: all of them in one walk), warps and stages."""
+    """Chunks of a stretch (0: all of them in one walk), warps and stages, programs that share a state's columns."""
 
     stretch: int = 0
     warps: int = 4
     stages: int = 2
+    split: int = 1
+
+    def length(self, chunks: int) -> int:
+        """Chunks of a stretch, where there are so many."""
+        return self.stretch if 0 < self.stretch < chunks else chunks
 
 
-def chunk_states(
+def _launch(
     u_f: Tensor, u_b: Tensor, v: Tensor, decays: Decays, ids: Tensor | None, Q: int, config: StatesConfig,
     precision: str, adjoint: bool,
-) -> Tensor:  # fmt: skip
-    """The states (2, B, chunks, H, N, P) in the dtype of v that enter each chunk, in each direction's reading order.
-
-    u (B, L, G, N) features and v (B, L, H, P) values with unit last strides; the adjoint of
-    shifted rows reads u one row off.
-    """
-    batch, L, H, P = v.shape
-    G, N = u_f.shape[2:]
-    chunks = cdiv(L, Q)
-    stretch = config.stretch if 0 < config.stretch < chunks else chunks
-    stretches = cdiv(chunks, stretch)
-    states = torch.empty(2, batch, chunks, H, N, P, dtype=v.dtype, device=v.device)
-    borders = None
-    if stretches > 1:
-        borders = torch.empty(2, batch, stretches, H, N, P, dtype=torch.float32, device=v.device)
-
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]:  # fmt: skip
+    """What the kernels take: tensors, sizes, strides and constants."""
+    L, H = v.shape[1:3]
     inputs = (
         u_f, u_b, v, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         v if ids is None else ids,
     )  # fmt: skip
-    sizes = (L, H, H // G, chunks, stretch, *u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3])
     options = {
         "ADJOINT": int(adjoint), "NEIGHBOUR": int(adjoint and decays.shifted), "HAS_IDS": ids is not None,
-        "FOLDED": decays.steps is None, "Q": Q, "N": N, "P": P, "PRECISION": precision,
+        "FOLDED": decays.steps is None, "Q": Q, "N": u_f.shape[3], "P": v.shape[3], "PRECISION": precision,
         "STAGES": config.stages, "num_warps": config.warps,
     }  # fmt: skip
-    if borders is not None:
-        _stretch_kernel[batch * H, stretches](*inputs, borders, *sizes, **options)
-        part = min(N * P, 256)
-        _join_kernel[2 * batch * H, N * P // part](
-            borders, decays.totals, v if ids is None else ids, L, H, chunks, stretch, ADJOINT=int(adjoint),
-            HAS_IDS=ids is not None, Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, next_power_of_2(stretch)),
-            num_warps=2,
-        )  # fmt: skip
-    _states_kernel[2 * batch * H, stretches](
-        *inputs, states, decays.sums if borders is None else borders, *sizes, BORDERS=borders is not None, **options
-    )
+    strides = (*u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3])
+    return inputs, (L, H, H // u_f.shape[2], cdiv(L, Q), config.length(cdiv(L, Q))), strides, options
+
+
+def stretch_borders(
+    u_f: Tensor, u_b: Tensor, v: Tensor, decays: Decays, ids: Tensor | None, Q: int, config: StatesConfig,
+    precision: str, adjoint: bool,
+) -> Tensor | None:  # fmt: skip
+    """(2, B, stretches, H, N, P) float32, the states that enter each stretch; None where there is one. See below."""
+    batch, L, H, P = v.shape
+    N = u_f.shape[3]
+    chunks = cdiv(L, Q)
+    stretch = config.length(chunks)
+    stretches = cdiv(chunks, stretch)
+    if stretches == 1:
+        return None
+    inputs, sizes, strides, options = _launch(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
+    borders = torch.empty(2, batch, stretches, H, N, P, dtype=torch.float32, device=v.device)
+    _stretch_kernel[batch * H, stretches](*inputs, borders, *sizes, *strides, **options)
+    part = min(N * P, 256)
+    _join_kernel[2 * batch * H, N * P // part](
+        borders, decays.totals, inputs[-1], L, H, chunks, stretch, ADJOINT=int(adjoint), HAS_IDS=ids is not None,
+        Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, next_power_of_2(stretch)), num_warps=2,
+    )  # fmt: skip
+    return borders
+
+
+def chunk_states(
+    u_f: Tensor, u_b: Tensor, v: Tensor, decays: Decays, ids: Tensor | None, Q: int, config: StatesConfig,
+    precision: str, adjoint: bool, borders: Tensor | None, some: range | None = None,
+) -> Tensor:  # fmt: skip
+    """The states (2, B, chunks, H, N, P) in the dtype of v that enter each chunk, in each direction's reading order.
+
+    u (B, L, G, N) features and v (B, L, H, P) values with unit last strides; the adjoint of shifted rows reads u one
+    row off. borders: what `stretch_borders` found. some: the chunks whose states are wanted, from the first of a
+    stretch to the last of one; None: all.
+    """
+    batch, L, H, P = v.shape
+    some = range(cdiv(L, Q)) if some is None else some
+    inputs, sizes, strides, options = _launch(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
+    stretch = sizes[-1]
+    states = torch.empty(2, batch, len(some), H, u_f.shape[3], P, dtype=v.dtype, device=v.device)
+    _states_kernel[2 * batch * H, cdiv(len(some), stretch), config.split](
+        *inputs, states, decays.sums if borders is None else borders, *sizes, 1 if borders is None else
+        borders.shape[2], some.start, len(some), *strides, BORDERS=borders is not None, WIDTH=P // config.split,
+        **options,
+    )  # fmt: skip
     return states

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
-from .feature_grads import StateGrads
+from .feature_grads import StateSums
 from .sizes import cdiv, next_power_of_2
 from .value_grads import TileSums
 
@@ -162,7 +162,7 @@ def _step_grads_kernel(
 
 
 def step_grads(
-    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateGrads | None,
+    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateSums | None,
     Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None, shifted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.

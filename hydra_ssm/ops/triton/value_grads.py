@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_rests, load_steps, load_weights
-from .feature_grads import StateGrads
 from .sizes import cdiv, next_power_of_2
 
 
@@ -44,7 +43,7 @@ def _finish(to, grad, through, HAS_STATES: tl.constexpr, inside):
     tl.store(to, grad.to(to.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["L", "G", "chunks", "heads"])
+@triton.jit(do_not_specialize=["L", "G", "chunks", "start", "held", "heads"])
 def _value_grads_kernel(
     x,
     dy,
@@ -74,6 +73,8 @@ def _value_grads_kernel(
     L,
     G,
     chunks,
+    start,
+    held,
     state_stride,
     through_stride,
     stride_xb,
@@ -116,15 +117,19 @@ def _value_grads_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks G tiles); HEADS are all of a group."""
+    """Grid (B held G tiles), of the chunks `held` from `start`; HEADS are all of a group.
+
+    What a program writes of x, B and C no other reads: gradients may take their places. It has read them before.
+    """
     Q: tl.constexpr = ROWS * (1 + PAIR)
     dtype: tl.constexpr = x.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % (1 + PAIR)).to(tl.int32)
     pid = pid // (1 + PAIR)
     group = pid % G
-    chunk = pid // G % chunks
-    batch = pid // (G * chunks)
+    held_at = pid // G % held
+    chunk = start + held_at
+    batch = pid // (G * held)
     head0 = group * HEADS
     r = tl.arange(0, ROWS)
     n = tl.arange(0, N)
@@ -184,7 +189,7 @@ def _value_grads_kernel(
     other_sums += here
     column_sums += here * 2
     totals += (first * chunks + chunk) * 2
-    adjoint += ((batch * chunks + chunk) * G + group) * (HEADS * N * P)
+    adjoint += ((batch * held + held_at) * G + group) * (HEADS * N * P)
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
     dy += batch * stride_yb + head0 * stride_yh + begin * stride_yl
     ys = dy + (j[:, None] * stride_yl + p[None, :])
@@ -282,7 +287,7 @@ def _value_grads_kernel(
     grad_B_b = tl.dot(b, Cb, input_precision=PRECISION)
     grad_C_f = tl.dot(tl.trans(f), Bf, input_precision=PRECISION)
     grad_C_b = tl.dot(tl.trans(b), Bb, input_precision=PRECISION)
-    own = ((batch * G + group) * chunks + chunk) * (Q * N)
+    own = ((batch * G + group) * held + held_at) * (Q * N)
     if PAIR:
         if HAS_IDS:
             dacross = tl.where(id_j[:, None] == tl.load(ids + o, mask=o < limit, other=-3)[None, :], dacross, 0.0)
@@ -365,37 +370,42 @@ class TileSums:
     columns: Tensor  # (B, H, L', 2) column sums of K
     diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
 
+    @classmethod
+    def empty(cls, decays: Decays, pair: bool, diagonal: bool) -> TileSums:
+        new, shape = decays.sums.new_empty, decays.sums.shape[:3]
+        return cls(new(*shape, 2), new(shape) if pair else None, new(*shape, 2), new(shape) if diagonal else None)
+
+    def of(self, rows: slice) -> TileSums:
+        beside, diagonal = (None if t is None else t[rows] for t in (self.beside, self.diagonal))
+        return TileSums(self.rows[rows], beside, self.columns[rows], diagonal)
+
 
 def value_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    adjoint: Tensor | None, through: StateGrads | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
-    Q: int, pair: bool, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
-) -> TileSums:  # fmt: skip
-    """Writes dx, which may be x, and the gradients of the four features, whose strides are alike.
+    adjoint: Tensor | None, through: Tensor | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
+    sums: TileSums, Q: int, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
+    start: int = 0,
+) -> None:  # fmt: skip
+    """Writes the sums, dx and the gradients of the four features, whose strides are alike: all may be where x, B and C
+    are. Of the chunks from `start` that the adjoint states are of, or of all.
 
     back: (its gradient (B, L, H), W (H, H P)), both contiguous, where the diagonal is W x: dx gets gradient W as well.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = cdiv(L, Q)
-    pair = pair and chunks == 1
-    new = decays.sums.new_empty
-    sums = TileSums(
-        new(batch, H, chunks * Q, 2),
-        new(batch, H, Q) if pair else None,
-        new(batch, H, chunks * Q, 2),
-        None if decays.diagonal is None or back is not None else torch.empty_like(decays.diagonal),
-    )
-    beside = new(2, batch, G, Q, N) if pair else sums.rows
-    parts = sums.rows if through is None else through.through
+    held = chunks if adjoint is None else adjoint.shape[2]
+    pair = sums.beside is not None
+    beside = decays.sums.new_empty(2, batch, G, Q, N) if pair else sums.rows
+    parts = sums.rows if through is None else through
     strides = [s for t in (x, dy, *features, dx, dfeatures[0]) for s in t.stride()[:3]]
-    _value_grads_kernel[(batch * chunks * G * (1 + pair),)](
+    _value_grads_kernel[(batch * held * G * (1 + pair),)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
         sums.rows if sums.diagonal is None else sums.diagonal,
         sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
-        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
+        start, held, 0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         ALL_HEADS=0 if back is None else max(16, next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
@@ -407,4 +417,3 @@ def value_grads(
             SHIFTED=int(decays.shifted), ROWS=Q // 2, N=N,
             num_warps=4,
         )  # fmt: skip
-    return sums
