@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +19,12 @@ from .ops import Documents, Order, Ordering, make_orders, per_document
 MixerSpec = str | Mapping[str, Any]
 FOR_ATTENTION = {"headdim"}
 OPTIONS = FOR_ATTENTION | STATE_OPTIONS | {"d_state", "d_conv", "expand", "ngroups", "max_length", "conv_bias"}
+
+
+def expand_to(d_inner: int, d_model: int) -> float:
+    """The `expand` of a mixer that is as wide as this within: times d_model it is rounded down."""
+    expand = d_inner / d_model
+    return expand if int(expand * d_model) == d_inner else math.nextafter(expand, math.inf)
 
 
 def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> MatrixMixer:

@@ -21,6 +21,14 @@ class Diverged(UserError):
         self.step, self.reason = step, reason
 
 
+class Interrupted(Exception):
+    """A signal stopped many runs; what they had is kept."""
+
+    def __init__(self, number: int, out: object) -> None:
+        super().__init__(f"stopped and saved in {out}; the same command goes on")
+        self.exit_code = 128 + number
+
+
 class Stopped(Exception):
     """A signal stopped the run after a step, whose checkpoint was saved."""
 

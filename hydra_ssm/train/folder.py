@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_file, whole_folder
+from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_folder
 from .errors import UserError
 from .recipe import Recipe
+from .records import write_json
 
 
 class RunFolder:
@@ -98,8 +99,7 @@ class RunFolder:
         for name in names:
             (staging / name).replace(self.path / name)
         sync(self.path)
-        with whole_file(self.finished) as part:
-            part.write_text(json.dumps(names) + "\n", encoding="utf-8")
+        write_json(self.finished, names)
         remove(staging)
 
 

@@ -1,15 +1,19 @@
-"""The settings that all runs of a comparison share, as a file beside the runs: what goes on with them reads it."""
+"""A folder of runs: nobody else works in it, and a file has the settings that all of them share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from .checkpoints import whole_file
+from .checkpoints import UNFINISHED
 from .errors import UserError
+from .records import write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -18,13 +22,49 @@ if TYPE_CHECKING:
 else:
     Plan = TypeVar("Plan")
 
-NAME = "plan.json"
+NAME, LOCK = "plan.json", ".lock"
+
+
+@contextmanager
+def alone(folder: Path, what: str, ours: Callable[[Path], bool] = lambda _: False) -> Iterator[None]:
+    """Nobody else works in the folder; a mistake leaves none behind that was not there. Raises UserError.
+
+    Args:
+        folder: new, empty or with a plan.
+        what: it is for.
+        ours: whether something may lie in it already where there is no plan yet.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} must be a folder, it is a file")
+    there = folder.iterdir() if folder.is_dir() else ()
+    foreign = [p.name for p in there if p.name != LOCK and not p.name.startswith(UNFINISHED) and not ours(p)]
+    if foreign and not (folder / NAME).is_file():
+        raise UserError(f"{folder} must be new, empty or hold {what}, it holds {min(foreign)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        _lock(file, folder)
+        try:
+            yield
+        finally:
+            if all(path.name == LOCK for path in folder.iterdir()):
+                shutil.rmtree(folder)
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """Until the file is closed, where the system knows such locks."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: choose another --out, or wait") from None
 
 
 def write_plan(plan: DataclassInstance, folder: Path) -> None:
     """All settings of a dataclass, into a file of the folder, whole or not at all."""
-    with whole_file(folder / NAME) as part:
-        part.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / NAME, asdict(plan), indent=2)
 
 
 def read_plan(kind: type[Plan], folder: Path) -> Plan:

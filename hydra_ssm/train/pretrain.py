@@ -25,7 +25,7 @@ from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
 from .report import write_report
 from .reporters import check_installed, reporting
-from .trainer import EvaluateAtTheEnd, GivenIntervals, Interrupted, MaskedLMTrainer, arguments, evaluated
+from .trainer import EvaluateAtTheEnd, EvaluationInterrupted, GivenIntervals, MaskedLMTrainer, arguments, evaluated
 
 DEFAULT_NAME = "Python's language reference (pydoc_data.topics)"
 DEFAULT_EXAMPLE = "This method [MASK] called when the object is created."
@@ -125,7 +125,7 @@ class Run:
         ):
             checkpoint = self.team.first_does(self._newest)
             trainer = self._trainer([*([bar] if self.team.first else []), stop, *report(checkpoint)])
-            with suppress(Interrupted):
+            with suppress(EvaluationInterrupted):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             step = trainer.state.global_step
             if step < self.recipe.steps or not evaluated(trainer.state):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..matrices import Cauchy, StructuredMatrix, Vandermonde
 from ..matrices.fusion import fused
-from ..matrices.vandermonde import Vandermonde
 from ..mixer import MatrixMixer
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED
@@ -84,7 +84,8 @@ class Trainee:
         net.to(device)  # type: ignore[arg-type]
         self.net, self.clip, self.device, self.how, self.say = net, clip, device, how, say
         self.optimizer = make_optimizer(net, rate, decay, fused=device.type == "cuda")
-        self.graph, self.fuse = False, device.type == "cuda"  # whether it has one, whether it does
+        self.graph = False  # whether it has one
+        self.fuse = device.type == "cuda" and bool(self._mixers(Cauchy, Vandermonde))
         self.compiled = how.compile and device.type == "cuda"
         self.found = torch.zeros(3, device=device)  # of a part: loss, right and hidden tokens
         self.total = torch.zeros(3, device=device)  # of the parts since it was read
@@ -126,12 +127,12 @@ class Trainee:
 
     def _bound(self, largest: float | None) -> None:
         """For Vandermonde's features: a graph has the same operations for all values."""
-        for mixer in self._vandermonde():
+        for mixer in self._mixers(Vandermonde):
             mixer.settings = replace(mixer.settings, largest=largest)
 
-    def _vandermonde(self) -> list[MatrixMixer]:
+    def _mixers(self, *classes: type[StructuredMatrix]) -> list[MatrixMixer]:
         mixers = [m for m in self.net.modules() if isinstance(m, MatrixMixer)]
-        return [mixer for mixer in mixers if issubclass(mixer.matrix_class, Vandermonde)]
+        return [mixer for mixer in mixers if issubclass(mixer.matrix_class, classes)]
 
     def step(self, parts: Sequence[Batch], rate: float, seed: int) -> None:
         """One step of training on all of the parts. Nothing waits for the device."""
@@ -166,7 +167,7 @@ class Trainee:
 
     def doubt(self) -> str:
         """What else than a divergence may have made a loss of the training NaN."""
-        if not self.graph or not self._vandermonde():
+        if not self.graph or not self._mixers(Vandermonde):
             return ""
         return f" (or a feature of vandermonde is beyond {LARGEST:g}, which is nan where there is a CUDA graph)"
 

@@ -87,7 +87,7 @@ def arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
     return args
 
 
-class Interrupted(Exception):
+class EvaluationInterrupted(Exception):
     """An evaluation that was asked to stop."""
 
 
@@ -197,14 +197,14 @@ class MaskedLMTrainer(WholeCheckpoints):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Loss and masked accuracy, each the mean over hidden tokens, of the held-out rows.
 
-        Nothing where it is asked to stop: the training is saved and stops, too. Raises Interrupted instead in the
-        evaluation that a resumed run begins with: Trainer would train a step before it stops.
+        Nothing where it is asked to stop: the training is saved and stops, too. Raises EvaluationInterrupted instead in
+        the evaluation that a resumed run begins with: Trainer would train a step before it stops.
         """
         started = time.perf_counter()
         begins, self.args.eval_on_start = self.args.eval_on_start, False
         try:
             score = self.score()
-        except Interrupted:
+        except EvaluationInterrupted:
             if begins:
                 raise  # the checkpoint that it was resumed from is that of this step
             self.control.should_evaluate = False
@@ -220,7 +220,7 @@ class MaskedLMTrainer(WholeCheckpoints):
     def score(self) -> Score:
         """How well the model predicts the held-out rows, in the precision that it is trained in.
 
-        Raises Interrupted.
+        Raises EvaluationInterrupted.
         """
         training = self.net.training
         self.net.eval()
@@ -237,7 +237,7 @@ class MaskedLMTrainer(WholeCheckpoints):
         size, count = self.args.per_device_eval_batch_size * self.team.size, len(self.held_out_rows)
         for start in range(0, count, size):
             if self.asked():
-                raise Interrupted
+                raise EvaluationInterrupted
             own = dealt(range(start, min(start + size, count)), self.team.size)[self.team.rank]
             inputs = self._prepare_inputs(self.held_out_batches([self.held_out_rows[i] for i in own]))
             self.draw.words = inputs.pop("words", None)

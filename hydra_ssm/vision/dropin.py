@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..encoder import MixerSpec, make_mixer
+from ..encoder import MixerSpec, expand_to, make_mixer
 from ..mixer import MatrixMixer
 from .models import sizes, undecayed
 from .orders import parse, reading
@@ -153,12 +153,6 @@ def matched(mixer: MixerSpec, dim: int, options: Mapping[str, Any], mlp_ratio: f
         raise ValueError(f"{mixer!r} cannot be made at a width of {dim} with {dict(options)}")
     hidden = (block - best[0] - dim) / (2 * dim + 1)
     return best[1], max(MLP_STEP, MLP_STEP * round(hidden / MLP_STEP))
-
-
-def expand_to(inner: int, dim: int) -> float:
-    """The `expand` of a mixer that is as wide as this within: times dim it is rounded down."""
-    expand = inner / dim
-    return expand if int(expand * dim) == inner else math.nextafter(expand, math.inf)
 
 
 def parameters(mixer: MixerSpec, dim: int, options: Mapping[str, Any]) -> int:

@@ -561,7 +561,7 @@ def test_two_ablations_do_not_share_a_folder(here: Path, capsys: pytest.CaptureF
     with (here / "begun" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(["ablate", "--out", str(here / "begun")]) == 2
-    assert f"another ablation is at work in {here / 'begun'}" in capsys.readouterr().err
+    assert f"another process is at work in {here / 'begun'}" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_picture_comes_later(

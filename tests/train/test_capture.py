@@ -158,7 +158,7 @@ def test_without_a_graph_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> N
         return step, False
 
     made, seen = trainee("vandermonde"), []
-    (mixer,) = made._vandermonde()
+    (mixer,) = made._mixers(Vandermonde)
     made._compute = made._forward_and_backward = lambda: seen.append(mixer.settings.largest)  # type: ignore[method-assign]
     made.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

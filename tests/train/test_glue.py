@@ -314,7 +314,7 @@ def test_a_finished_run_is_not_run_again_and_seeds_are_added(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert report["tasks"]["SST-2"]["seeds"] == [0, 1, 2]
     assert any(text.startswith("SST-2, seed 2: accuracy ") and text.endswith("(2 of 2)") for text in said)
-    with pytest.raises(UserError, match=r"epochs is 4, not 3, in the runs that .* holds: choose another --out"):
+    with pytest.raises(UserError, match=r"epochs is 4 in the runs that .* holds, got 3: choose another --out"):
         glue(model, data, out, **{**QUICK, "epochs": 3})
 
 

@@ -1,5 +1,6 @@
 """The comparison of image models: alike in all else, restartable to the last bit, reported from what was measured."""
 
+import fcntl
 import importlib.util
 import json
 import re
@@ -280,6 +281,15 @@ def test_a_wrong_row_does_not_lose_the_others_and_is_tried_again_last(digits, tm
     assert {r["row"]: len(r["seeds"]) for r in report["rows"]} == {"add": 2, "vit": 2}
     assert all(r["speed"]["step"] > 0 for r in report["rows"])
     assert report["failed"] == {}
+
+
+def test_two_comparisons_do_not_share_a_folder(digits, tmp_path):
+    tmp_path.joinpath("out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work in .*out: choose another --out, or wait"):
+            compare(digits, tmp_path / "out", **TINY)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_runs_whose_process_lost_its_device_are_begun_in_another(digits, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The paper's comparison of matrix classes: `hydra-ssm ablate` trains them all, alike in all else."""
 
-from .command import Interrupted, ablate
+from ..errors import Interrupted
+from .command import ablate
 from .models import GROUPS, all_rows
 from .plan import SIZES, Plan
 

@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from ...text.messages import quiet
-from ..checkpoints import UNFINISHED
-from ..errors import UserError
-from ..plans import NAME, check_plan, read_plan, write_plan
+from ..errors import Interrupted, UserError
+from ..plans import NAME, alone, check_plan, read_plan, write_plan
+from ..records import write_report
 from ..workers import Say, speak
 from . import data as store
 from .jobs import run_all
 from .models import GROUPS, choose, config
 from .plan import SEEDS, SIZES, Plan
-from .report import collect, draw, table, write_csv, write_json
+from .report import collect, draw, table, write_csv
 from .run import DATA, RUNS, Key, read
 
 REPORT = "ablation"  # begins the names of its files
 USUAL = "medium"  # size
-LOCK = ".lock"
 IN_TABLES = {row for rows in GROUPS.values() for row in rows}
 MOST_JOBS = 8  # on a CPU, where nobody says how many
-
-
-class Interrupted(Exception):
-    """A signal stopped the runs; what they had is kept."""
-
-    def __init__(self, number: int, out: Path) -> None:
-        super().__init__(f"stopped and saved in {out}; the same command goes on")
-        self.exit_code = 128 + number
 
 
 def ablate(
@@ -83,7 +71,7 @@ def ablate(
     chosen = choose(rows)
     default = f"ablation-{size or USUAL}{'-unmatched' if given.get('unmatched') else ''}"
     folder = Path("runs") / default if out is None else Path(out)
-    with _alone(folder):
+    with alone(folder, "an ablation", _is_data):
         plan = _plan(folder, size, given, chosen, seeds, say)
         keys = [Key(row, seed) for seed in dict.fromkeys(seeds or _usual_seeds(plan)) for row in chosen]
         keys.sort(key=lambda key: key.row not in IN_TABLES)  # stable: whatever stops them, first those of the paper
@@ -105,40 +93,9 @@ def _given(data: str | Path | Sequence[str | Path], settings: dict[str, Any]) ->
     return given | {name: tuple(map(str, given[name])) for name in ("sources", "held_out") if name in given}
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder; a mistake leaves none behind that was not there. Raises UserError."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} must be a folder, it is a file")
-    lock = folder / LOCK
-    foreign = [path.name for path in folder.iterdir() if not _is_ours(path)] if folder.is_dir() else []
-    if foreign and not (folder / NAME).is_file():
-        raise UserError(f"{folder} must be new, empty or hold an ablation, it holds {min(foreign)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock.open("w") as file:
-            _lock(file, folder)
-            yield
-    finally:
-        if not any(path != lock for path in folder.iterdir()):
-            shutil.rmtree(folder)
-
-
-def _lock(file: TextIO, folder: Path) -> None:
-    """Until the file is closed, where the system knows such locks."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another ablation is at work in {folder}: choose another --out, or wait") from None
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether an ablation that was killed while it began may have left it."""
-    return path.name == LOCK or path.name.startswith(UNFINISHED) or (path.name == DATA and store.is_prepared(str(path)))
+def _is_data(path: Path) -> bool:
+    """Which an ablation that was killed while it began may have left."""
+    return path.name == DATA and store.is_prepared(str(path))
 
 
 def _plan(
@@ -199,7 +156,7 @@ def _usual_seeds(plan: Plan) -> tuple[int, ...]:
 
 
 def _write(report: dict[str, Any], folder: Path, say: Say) -> None:
-    files = {".json": write_json, ".csv": write_csv}
+    files = {".json": write_report, ".csv": write_csv}
     if importlib.util.find_spec("matplotlib") is None:
         say("no picture: matplotlib is not installed; the same command draws it where it is")
     elif report["runs"]:

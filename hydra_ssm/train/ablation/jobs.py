@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..records import Record
 from ..workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
-from .run import Key, Record, finished, train
+from .run import Key, finished, train
 
 
 def run_all(out: Path, keys: Sequence[Key], jobs: int, deadline: float, say: Say) -> int | None:

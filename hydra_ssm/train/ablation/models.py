@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from ...encoder import expand_to
 from ...matrices import MATRICES
 from ...mixer import MatrixMixer
 from ...text import PRESETS, HydraConfig, HydraForMaskedLM
 from ..errors import UserError
+from ..matching import heads_of_layers
 from .plan import Plan
 
 FIXED = "-fixed"
@@ -73,24 +74,10 @@ def heads(plan: Plan, row: str) -> list[int]:
     if plan.unmatched:
         return [plan.heads] * plan.layers
     target = plan.layers * _parameters(plan, REFERENCE, plan.heads)
-    below, above = _neighbours(plan, row, target / plan.layers)
-    low, high = (_parameters(plan, row, number) for number in (below, above))
-    wider = round((target - plan.layers * low) / (high - low))
-    return [above] * wider + [below] * (plan.layers - wider)
-
-
-def _neighbours(plan: Plan, row: str, target: float) -> tuple[int, int]:
-    """The most heads whose parameters are within the target, and the next number that the class can have."""
-    possible: list[int] = []
-    for number in range(1, 16 * plan.heads):
-        try:
-            parameters = _parameters(plan, row, number)
-        except ValueError:  # a class may ask for an even number
-            continue
-        possible.append(number)
-        if parameters > target and len(possible) > 1:
-            return possible[-2], possible[-1]
-    raise UserError(f"{row} cannot be given the parameters of {REFERENCE} in this size")
+    try:
+        return heads_of_layers(plan.layers, target, partial(_parameters, plan, row), 16 * plan.heads)
+    except ValueError:
+        raise UserError(f"{row} cannot be given the parameters of {REFERENCE} in this size") from None
 
 
 @cache
@@ -107,11 +94,7 @@ def _parameters(plan: Plan, row: str, number: int) -> int:
 def _spec(plan: Plan, row: str, number: int) -> dict[str, Any]:
     """A mixer of so many heads."""
     matrix, computed = form(row)
-    inner = number * plan.headdim
-    expand = inner / plan.d_model
-    if int(expand * plan.d_model) < inner:  # rounded down
-        expand = math.nextafter(expand, math.inf)
-    return {"matrix": matrix, "data_dependent": computed, "expand": expand}
+    return {"matrix": matrix, "data_dependent": computed, "expand": expand_to(number * plan.headdim, plan.d_model)}
 
 
 def config(plan: Plan, row: str, vocabulary: int) -> HydraConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -14,10 +13,11 @@ from typing import Any
 from ..._extras import require
 from ..checkpoints import whole_file
 from ..plans import read_plan
+from ..records import Record
 from .data import Data
 from .models import REFERENCE
 from .plan import Plan
-from .run import DATA, Key, Record, finished, steps_done
+from .run import DATA, Key, finished, steps_done
 
 MEANING = (
     "means and standard deviations over the seeds; loss (nats) and accuracy of the same hidden tokens of held-out text"
@@ -124,15 +124,6 @@ def _rest(report: dict[str, Any]) -> str:
     begun = [f"{run['row']}, seed {run['seed']}, at step {run['steps_kept']:,}" for run in rest if run["steps_kept"]]
     after = f" ({'; '.join(begun)})" if begun else ""
     return f"{len(report['runs'])} of {runs} runs are finished{after}: the same command goes on"
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """All of it, a run a line."""
-    rest = {name: value for name, value in report.items() if name != "runs"}
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in report["runs"])
-    text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def write_csv(report: dict[str, Any], path: Path) -> None:

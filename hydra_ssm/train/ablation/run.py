@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from ...text import HydraForMaskedLM
 from ...text.collators import MaskedLMCollator
 from ...text.messages import quiet
 from ..batches import Batches
-from ..checkpoints import newest_whole, remove, whole_file
+from ..checkpoints import newest_whole, remove
 from ..errors import UserError
 from ..loop import Course, NotFinite, Training, free_memory
 from ..plans import read_plan
 from ..prepare import EVALUATION_RATE
+from ..records import Record, write_json
 from ..rows import EvaluationRows
 from ..trainee import How
 from ..workers import Say, Until
@@ -35,8 +36,6 @@ TALK = 60.0  # seconds between what a long run says
 ON_THE_WAY = 512  # held-out rows of an evaluation before the end
 HELD_OUT = "held-out"
 HOW = How(compile=False)  # so many classes would take longer to compile than to train
-
-Record = dict[str, Any]
 
 
 class Key(NamedTuple):
@@ -98,8 +97,7 @@ def train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record |
         found |= {
             "device": ", then ".join(training.devices), "at_once": training.at_once, "graph": training.graph
         }  # fmt: skip
-    with whole_file(key.file(out)) as part:
-        part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    write_json(key.file(out), found)
     remove(folder)
     return found
 

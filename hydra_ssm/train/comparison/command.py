@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...bench.machine import device_name
-from ..ablation.command import Interrupted
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..loop import own_device
-from ..plans import NAME, check_plan, read_plan, write_plan
+from ..plans import NAME, alone, check_plan, read_plan, write_plan
+from ..records import Record, write_report
 from ..trainee import How
 from ..workers import Event, Say, Until, speak, stopping
 from .data import Data, check_whole
 from .plan import MODELS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
-from .report import Report, best_rate, collect, draw_curves, draw_lengths, table, write_json
-from .run import MODELS_FOLDER, RUNS, Record, finished, free_memory, train
+from .report import Report, best_rate, collect, draw_curves, draw_lengths, table
+from .run import MODELS_FOLDER, RUNS, finished, free_memory, train
 from .tasks import run_tasks, tasks_done
 
 REPORT = "comparison"  # begins the names of its files
-LOCK = ".lock"
 STAGES = ("tokens", "tasks", "lengths", "seconds", "seeds")
 
 
@@ -67,8 +64,7 @@ def compare(
     if jobs < 1 or (limit is not None and not limit >= 0):
         raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder, "a comparison", lambda path: path.name != RUNS):
         plan = _plan(folder, settings)
         check_whole(Path(data))
         asked: Event = threading.Event()
@@ -173,8 +169,6 @@ def best_rates(records: list[Record]) -> dict[str, float]:
 
 def _plan(folder: Path, settings: dict[str, Any]) -> Plan:
     if not (folder / NAME).is_file():
-        if (folder / RUNS).exists():
-            raise UserError(f"{folder} must be new or hold a comparison, it has runs and no {NAME}")
         plan = Plan.of(settings)
         write_plan(plan, folder)
         return plan
@@ -183,22 +177,8 @@ def _plan(folder: Path, settings: dict[str, Any]) -> Plan:
     return plan
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder. Raises UserError."""
-    with (folder / LOCK).open("w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another comparison is at work in {folder}: choose another --out, or wait") from None
-        yield
-
-
 def _write(report: Report, folder: Path, say: Say) -> None:
-    write_json(report, folder / f"{REPORT}.json")
+    write_report(report, folder / f"{REPORT}.json")
     if importlib.util.find_spec("matplotlib") is not None:
         if any(s["stage"] == "tokens" for s in report["summary"]):
             draw_curves(report, folder / f"{REPORT}_curves.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..._extras import require
 from ..checkpoints import whole_file
+from ..records import read_json, read_records
 from .data import Data
 from .plan import MODELS, TEXTS, Plan
 from .run import RUNS, mean_of_parts
@@ -22,12 +22,10 @@ MARK = "†"  # of a time that does not compare
 
 def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
     """All that is known. `left` names what is not finished."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / RUNS).glob("*.json"))]
+    runs = read_records(out / RUNS)
     glue: dict[str, Any] = {}
     for model in MODELS:
-        path = out / FOLDER / model / REPORT
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+        if found := read_json(out / FOLDER / model / REPORT):
             glue[model] = {name: found[name] for name in ("tasks", "average", "runs")}
     return {
         "date": date.today().isoformat(), "plan": asdict(plan), "data": data.facts, "unfinished": left,
@@ -148,15 +146,6 @@ def _percent(summary: Report | None) -> str:
     if summary is None:
         return "-"
     return f"{summary['mean']:.1f}" + ("" if summary["spread"] is None else f" ± {summary['spread']:.1f}")
-
-
-def write_json(report: Report, path: Path) -> None:
-    """All of it, a run a line."""
-    rest = {name: value for name, value in report.items() if name != "runs"}
-    runs = ",\n".join(f"  {json.dumps(run)}" for run in report["runs"])
-    text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 LOOK = {"hydra": {"color": "C0", "marker": "o"}, "bert": {"color": "C1", "marker": "s"}}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
@@ -17,9 +15,10 @@ from ...text import HydraForMaskedLM, preset
 from ...text.collators import IGNORED, MaskedLMCollator
 from ...text.messages import quiet
 from ..batches import Batches
-from ..checkpoints import remove, whole_file, whole_folder
+from ..checkpoints import remove, whole_folder
 from ..errors import UserError
 from ..loop import Course, NotFinite, Training, free_memory
+from ..records import Record, read_json, write_json
 from ..trainee import How
 from ..workers import Say, Until
 from .data import TRAIN, Data
@@ -32,15 +31,10 @@ FEW = 4  # evaluations of a run of which the end alone counts
 PARTS = 32  # of a held-out text, whose losses tell how exact their mean is
 POSITIONS = "model.embeddings.position_embeddings.weight"
 
-Record = dict[str, Any]
-
 
 def finished(out: Path, name: str) -> Record | None:
     """The record of a run that has come to its end."""
-    try:
-        return json.loads((out / RUNS / f"{name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return read_json(out / RUNS / f"{name}.json")
 
 
 def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, say: Say) -> Record | None:
@@ -66,7 +60,7 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
                 longer(net, plan.length, net.config.max_position_embeddings).save_pretrained(part)
                 data.tokenizer.save_pretrained(part)
     record["seconds_in_all"] = round(time.perf_counter() - began, 1)  # of the call that ended it
-    _write(out / RUNS / f"{run.name}.json", record)
+    write_json(out / RUNS / f"{run.name}.json", record)
     remove(folder)
     return record
 
@@ -90,12 +84,6 @@ def batches(data: Data, length: int, plan: Plan, seed: int) -> Batches:
     """Of both models alike."""
     rows, collator = data.rows(TRAIN, length), MaskedLMCollator(data.tokenizer, plan.mask_rate)
     return Batches(rows, collator, plan.batch_tokens // length, seed)
-
-
-def _write(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _model(out: Path, run: Run, plan: Plan, data: Data) -> HydraForMaskedLM:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..finetune.glue import REPORT, glue
-from ..workers import Until
+from ..records import read_json
+from ..workers import Until, end_with_parent
 from .data import GLUE
 from .plan import MODELS, Plan
 from .run import MODELS_FOLDER
@@ -23,11 +21,8 @@ POLL = 0.5  # seconds
 
 def tasks_done(out: Path, plan: Plan, model: str) -> dict[str, Any] | None:
     """What GLUE found of a model, once all of its runs are finished."""
-    try:
-        found = json.loads((out / FOLDER / model / REPORT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return found if len(found["runs"]) == len(plan.tasks) * len(plan.task_seeds) else None
+    found = read_json(out / FOLDER / model / REPORT)
+    return found if found and len(found["runs"]) == len(plan.tasks) * len(plan.task_seeds) else None
 
 
 def run_tasks(out: Path, data: Path, plan: Plan, until: Until, jobs: int) -> None:
@@ -52,18 +47,10 @@ def run_tasks(out: Path, data: Path, plan: Plan, until: Until, jobs: int) -> Non
 
 def work(model: str, out: str, data: str, plan: Plan, deadline: float, jobs: int) -> None:
     """What such a process does."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     start = Path(out) / MODELS_FOLDER / f"tokens-{model}-seed-{plan.seeds[0]}"
     glue(
         start, f"{data}/{GLUE}", Path(out) / FOLDER / model, tasks=plan.tasks, seeds=plan.task_seeds, jobs=jobs,
         limit=max(0.0, deadline - time.time()) if deadline < float("inf") else None, direct=True,
         batch_size=plan.task_batch, say=lambda text: print(f"{model}: {text}", flush=True),
     )  # fmt: skip
-
-
-def _end_with_parent() -> None:
-    """Its own processes end with it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ...text.tokenizer import load_tokenizer, train_tokenizer
-from ..checkpoints import MANIFEST, UNFINISHED, remove, remove_unfinished, whole_file, whole_folder
+from ..checkpoints import MANIFEST, UNFINISHED, remove, remove_unfinished, whole_folder
 from ..errors import UserError
 from ..prepare import TOKENIZER_TEXT, check_known
+from ..records import write_json
 from ..sources import TEXT_COLUMN
 from . import state as progress
 from .documents import Documents, Input, Item, find_inputs
@@ -290,11 +291,9 @@ class Preparation:
                     path.unlink()
             describe_to_datasets(self.out / split, names)
         splits = [split for split in SPLITS if self.shards[split]]
-        with whole_file(self.out / "dataset_dict.json") as part:
-            part.write_text(json.dumps({"splits": splits}) + "\n", encoding="utf-8")
+        write_json(self.out / "dataset_dict.json", {"splits": splits})
         manifest = self.manifest()
-        with whole_file(self.out / MANIFEST) as part:
-            part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.out / MANIFEST, manifest, indent=2, ensure_ascii=False)
         self.state.remove()
         return manifest
 

@@ -15,6 +15,7 @@ from ..._extras import require
 from ..checkpoints import MANIFEST, whole_file
 from ..errors import UserError
 from ..packing import pack
+from ..records import write_json
 
 FORMAT = "hydra-ssm shards"
 SPLITS = ("train", "held_out")
@@ -99,8 +100,7 @@ def describe_to_datasets(folder: Path, files: list[str]) -> None:
         "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": folder.name,
     }  # fmt: skip
     for name, content in (("state.json", state), ("dataset_info.json", {})):
-        with whole_file(folder / name) as part:
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content, indent=2)
 
 
 def sha256(path: Path) -> str:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..ablation.command import Interrupted
-from ..checkpoints import UNFINISHED, whole_file
-from ..errors import UserError
+from ..errors import Interrupted, UserError
+from ..plans import NAME, alone, check_plan, read_plan, write_plan
+from ..records import write_json
 from ..workers import Say, speak
 from . import metrics
 from .data import TaskData, find
 from .engine import load_words
 from .jobs import run_all, usual_jobs
 from .report import collect, table
-from .run import PLAN, Key, Plan, finished, weights_of
+from .run import Key, Plan, finished, weights_of
 from .tasks import MNLI, TASKS, choose
 
 REPORT = "glue.json"
-LOCK = ".lock"
 SEEDS = (0, 1, 2, 3, 4)
 
 
@@ -73,7 +69,7 @@ def glue(
     given = {name: value for name, value in settings.items() if value is not None}
     plan = Plan(str(model), weights_of(Path(model)), str(data), direct, **given)
     there, absent = _look(plan, chosen)
-    with _alone(folder):
+    with alone(folder, "runs of glue"):
         _agree(plan, folder)
         for reason in absent:
             say(reason)
@@ -86,8 +82,7 @@ def glue(
             say(table(report))
         if left := [key for key in keys if finished(folder, key) is None]:
             say(f"{len(left)} of {len(keys)} runs are not finished: the same command goes on")
-        with whole_file(folder / REPORT) as part:
-            part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(folder / REPORT, report, indent=2, allow_nan=False)
         say(f"wrote {folder / REPORT}")
     if received is not None:
         raise Interrupted(received, folder)
@@ -127,38 +122,15 @@ def _look(plan: Plan, chosen: Sequence[str]) -> tuple[dict[str, TaskData], list[
     return there, absent
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else works in the folder. Raises UserError."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} must be a folder, it is a file")
-    entries = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    foreign = [name for name in entries if name != LOCK and not name.startswith(UNFINISHED)]
-    if foreign and PLAN not in foreign:
-        raise UserError(f"{folder} must be new, empty or hold runs of glue, it holds {min(foreign)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"glue is at work in {folder} already: choose another --out, or wait") from None
-        yield
-
-
 def _agree(plan: Plan, folder: Path) -> None:
     """Runs of a folder have one plan. Raises UserError where it has another."""
-    if not (folder / PLAN).is_file():
-        plan.write(folder)
-        return
-    for name, value in asdict(Plan.read(folder)).items():
-        got = getattr(plan, name)
-        if value != got and name not in ("model", "data"):  # these may have been moved
-            what = "the model has other weights than" if name == "weights" else f"{name} is {value}, not {got}, in"
-            raise UserError(f"{what} the runs that {folder} holds: choose another --out")
-    plan.write(folder)
+    if (folder / NAME).is_file():
+        before, given = read_plan(Plan, folder), asdict(plan)
+        if before.weights != plan.weights:
+            raise UserError(f"the model has other weights than the runs that {folder} holds: choose another --out")
+        del given["model"], given["data"]  # these may have been moved
+        check_plan(before, given, f"the runs that {folder} holds")
+    write_plan(plan, folder)
 
 
 def _tell(folder: Path, there: dict[str, TaskData], keys: Sequence[Key], say: Say) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..records import Record
 from ..workers import Event, Say, Until, begin, one_thread, result, stopping, until
-from .run import Key, Record, finished, train
+from .run import Key, finished, train
 from .tasks import MNLI, TASKS
 
 MOST_JOBS = 8  # on a CPU, where nobody says how many

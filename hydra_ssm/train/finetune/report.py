@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from .run import RUNS, Plan, Record
+from ..records import Record, read_records
+from .run import RUNS, Plan
 from .tasks import PAPER, TASKS
 
 AVERAGE = "average"
@@ -16,8 +16,7 @@ AVERAGE = "average"
 
 def collect(out: Path, plan: Plan, absent: list[str]) -> dict[str, Any]:
     """All that is known: settings, every run, means and spreads in per cent. Without infinities, as JSON has none."""
-    files = sorted((out / RUNS).glob("*.json"))
-    runs: list[Record] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    runs = read_records(out / RUNS)
     runs.sort(key=lambda run: (list(TASKS).index(run["task"]), run["seed"]))
     tasks: dict[str, Any] = {}
     for name in TASKS:

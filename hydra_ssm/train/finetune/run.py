@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,15 @@ from ...bench.machine import device_name
 from ...text.messages import quiet
 from ..checkpoints import newest_whole, remove, remove_unfinished, whole_file, whole_folder
 from ..errors import UserError
+from ..plans import read_plan
+from ..records import Record, read_json, write_json
 from ..workers import Stops, Until
 from .data import Examples, TaskData, find
 from .engine import Encoded, FineTuner, NotFinite, Recipe, load_model, load_words, longest, make_trainer, predict
 from .tasks import MNLI, TASKS, Task
 
-PLAN, RUNS, MODELS, PREDICTIONS = "plan.json", "runs", "models", "predictions"
+RUNS, MODELS, PREDICTIONS = "runs", "models", "predictions"
 SAVE_AFTER = 60.0  # seconds between checkpoints
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,6 @@ class Plan:
     learning_rate: float | None = None
     epochs: float | None = None
     batch_size: int | None = None
-
-    @classmethod
-    def read(cls, out: Path) -> Plan:
-        return cls(**json.loads((out / PLAN).read_text(encoding="utf-8")))
-
-    def write(self, out: Path) -> None:
-        with whole_file(out / PLAN) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def recipe(self, task: Task, seed: int) -> Recipe:
         """The paper's, but for what is set here."""
@@ -101,10 +92,7 @@ class Key(NamedTuple):
 
 def finished(out: Path, key: Key) -> Record | None:
     """The record of a run that has come to its end."""
-    try:
-        return json.loads(key.file(out).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return read_json(key.file(out))
 
 
 def train(out: Path, key: Key, until: Until) -> Record | None:
@@ -114,7 +102,7 @@ def train(out: Path, key: Key, until: Until) -> Record | None:
     """
     if until.over() or finished(out, key):
         return finished(out, key)
-    plan, task = Plan.read(out), TASKS[key.task]
+    plan, task = read_plan(Plan, out), TASKS[key.task]
     data = find(plan.data, task)
     if isinstance(data, str):
         raise UserError(data)
@@ -134,8 +122,7 @@ def train(out: Path, key: Key, until: Until) -> Record | None:
             _keep(out, key, run, trainer)
     except NotFinite as error:
         record["diverged"] = str(error)
-    with whole_file(key.file(out)) as part:
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_json(key.file(out), record)
     remove(folder)
     return record
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,16 +11,15 @@ from typing import Any
 
 import torch
 
-from ...ablation.command import Interrupted
-from ...checkpoints import whole_file
-from ...errors import UserError
-from ...plans import NAME, check_plan, read_plan, write_plan
+from ...errors import Interrupted, UserError
+from ...plans import NAME, alone, check_plan, read_plan, write_plan
+from ...records import read_json, write_json
 from ...workers import Say, speak
 from .data import Data, prepare
 from .jobs import Ended, run_all
 from .loop import RUNS
 from .plan import FEWEST, Job, Plan, choose_rows
-from .report import best_rates, collect, draw, further_jobs, table, write_json
+from .report import best_rates, collect, draw, further_jobs, table
 from .speed import SPEED, measure_models, measure_resolutions, read
 
 DATA, PICTURES = "data", "source.json"  # the pictures, and what is left of them where only records are kept
@@ -72,26 +70,27 @@ def compare(
     folder, chosen = Path(out), choose_rows(rows)
     if unknown := set(stages) - set(STAGES):
         raise UserError(f"stages must be of {', '.join(STAGES)}, got {min(unknown)}")
-    plan = _plan(folder, size, settings, lowered=budget is not None)
-    pictures = Path(data) if data is not None and (Path(data) / "pictures.json").is_file() else folder / DATA
-    say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
-    prepare(data, pictures)
-    facts = _facts(folder, pictures)
-    at_once = jobs or (3 if torch.cuda.is_available() else 1)
-    if "speed" in stages:
-        measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
-        plan = _within(folder, plan, partial(seconds_of, folder, facts, chosen, len(seeds)), budget, say)
-    elif budget is not None:
-        say("the budget has no effect: it takes the stage speed to know what a step costs")
-    run = partial(run_all, folder, pictures, at_once=at_once, deadline=deadline, say=say)
-    ended = Ended(None, [])
-    if "tuning" in stages:
-        ended = _tuned(folder, plan, chosen, run, deadline)
-    if "runs" in stages:
-        ended = ended.then(lambda: run(_to_run(folder, plan, chosen, seeds, say)))
-    if "resolutions" in stages and ended.signal is None:
-        measure_resolutions(folder, deadline, say)
-    return _finish(folder, plan, facts, ended, say)
+    with alone(folder, "a comparison", lambda path: path.name == DATA):
+        plan = _plan(folder, size, settings, lowered=budget is not None)
+        pictures = Path(data) if data is not None and (Path(data) / "pictures.json").is_file() else folder / DATA
+        say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
+        prepare(data, pictures)
+        facts = _facts(folder, pictures)
+        at_once = jobs or (3 if torch.cuda.is_available() else 1)
+        if "speed" in stages:
+            measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
+            plan = _within(folder, plan, partial(seconds_of, folder, facts, chosen, len(seeds)), budget, say)
+        elif budget is not None:
+            say("the budget has no effect: it takes the stage speed to know what a step costs")
+        run = partial(run_all, folder, pictures, at_once=at_once, deadline=deadline, say=say)
+        ended = Ended(None, [])
+        if "tuning" in stages:
+            ended = _tuned(folder, plan, chosen, run, deadline)
+        if "runs" in stages:
+            ended = ended.then(lambda: run(_to_run(folder, plan, chosen, seeds, say)))
+        if "resolutions" in stages and ended.signal is None:
+            measure_resolutions(folder, deadline, say)
+        return _finish(folder, plan, facts, ended, say)
 
 
 def _tuned(folder: Path, plan: Plan, rows: Sequence[str], run: Callable[[list[Job]], Ended], deadline: float) -> Ended:
@@ -142,7 +141,7 @@ def _within(folder: Path, plan: Plan, seconds: Callable[[Plan], float], budget: 
 def _finish(folder: Path, plan: Plan, facts: dict[str, Any], ended: Ended, say: Say) -> dict[str, Any]:
     report = collect(folder, plan, facts)
     say(table(report))
-    write_json(report, folder / "images.json")
+    write_json(folder / "images.json", report, indent=1)
     if importlib.util.find_spec("matplotlib") is None:
         say("no picture: matplotlib is not installed; the same call draws it where it is")
     elif report["runs"]:
@@ -161,10 +160,9 @@ def _facts(folder: Path, pictures: Path) -> dict[str, Any]:
     """Of the pictures. Raises UserError where the comparison has been made of others so far."""
     data, file = Data(pictures), folder / PICTURES
     now = {"source": data.facts["source"], "train": len(data.train), "test": len(data.test), "digest": data.digest()}
-    if not file.is_file():
-        with whole_file(file) as part:
-            part.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    elif (before := json.loads(file.read_text(encoding="utf-8")))["digest"] != now["digest"]:
+    if (before := read_json(file)) is None:
+        write_json(file, now, indent=2)
+    elif before["digest"] != now["digest"]:
         was, got = (f"{d['source']} ({d['train']:,} and {d['test']:,} pictures)" for d in (before, now))
         raise UserError(f"the comparison in {folder} is of {was}, got others of {got}: choose another --out")
     return data.facts
@@ -172,16 +170,11 @@ def _facts(folder: Path, pictures: Path) -> dict[str, Any]:
 
 def _plan(folder: Path, size: str | None, given: dict[str, Any], lowered: bool) -> Plan:
     """What the folder has, or is given now. lowered: its epochs may be fewer than are given."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} must be a folder, it is a file")
     if (folder / NAME).is_file():
         plan = read_plan(Plan, folder)
         asked = {k: v for k, v in given.items() if not (lowered and k in ("epochs", "tuning_epochs"))}
         check_plan(plan, asked | ({"size": size} if size else {}), f"the comparison in {folder}")
         return plan
-    if folder.is_dir() and any(folder.iterdir()) and [p.name for p in folder.iterdir()] != [DATA]:
-        raise UserError(f"{folder} must be new, empty or hold a comparison, it holds {min(folder.iterdir()).name}")
     plan = Plan.of(size or "usual", given)
-    folder.mkdir(parents=True, exist_ok=True)
     write_plan(plan, folder)
     return plan

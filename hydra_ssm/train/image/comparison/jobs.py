@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 
 from ...errors import UserError, in_a_line
+from ...records import Record
 from ...workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
-from .loop import Record, failure_of, finished, folder_of, train
+from .loop import failure_of, finished, folder_of, train
 from .plan import Job
 
 
@@ -61,7 +62,7 @@ def run_all(out: Path, data: Path, todo: Sequence[Job], at_once: int, deadline: 
         lost = [job for job, outcome in found.items() if isinstance(outcome, Failed) and outcome.lost]
         failed += [f"{job}: {o.told}" for job, o in found.items() if isinstance(o, Failed) and not o.lost]
         if lost and len(lost) == len(left):
-            raise UserError(f"{lost[0]} and {len(lost) - 1} others have no device that works: {found[lost[0]]}")
+            raise UserError(f"{lost[0]} and {len(lost) - 1} others have no device that works")
         left = lost  # in new processes
     return Ended(signal, failed)
 

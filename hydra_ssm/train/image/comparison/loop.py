@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ....bench.machine import device_name
-from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_file, whole_folder
+from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_folder
 from ...plans import read_plan
+from ...records import Record, read_json, write_json
 from ...replay import replayed
 from ...workers import Say, Until
 from .augment import Random, augmented, normalized
@@ -31,7 +31,6 @@ RUNS, STATE = "runs", "state.pt"
 SAVE_AFTER = 90.0  # seconds
 TOGETHER = 1000  # pictures that are evaluated at once
 
-Record = dict[str, Any]
 Score = dict[str, float]
 
 
@@ -42,13 +41,12 @@ def folder_of(out: Path, job: Job) -> Path:
 
 def finished(out: Path, job: Job) -> Record | None:
     """The record of a run that has come to its end."""
-    file = folder_of(out, job).with_name(f"{job.name}.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return read_json(out / RUNS / f"{job.name}.json")
 
 
 def failure_of(out: Path, job: Job) -> Path:
     """A file that says how a run failed when it was last tried."""
-    return folder_of(out, job).with_name(f"{job.name}.failed")
+    return out / RUNS / f"{job.name}.failed"
 
 
 def failures(out: Path) -> list[Path]:
@@ -69,16 +67,16 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
     run = Run(read_plan(Plan, out), Data(data), job, say)
     run.load(newest_whole(folder))
     saved = time.monotonic()
-    while run.epoch < run.epochs and run.diverged is None:
+    while not run.ended:
         run.one_epoch()
-        if run.epoch < run.epochs and (until.over() or time.monotonic() - saved > SAVE_AFTER):
+        over = until.over()
+        if not run.ended and (over or time.monotonic() - saved > SAVE_AFTER):
             run.save(folder)
             saved = time.monotonic()
-        if until.over() and run.epoch < run.epochs:
-            return None
+            if over:
+                return None
     record = {**job._asdict(), **run.record(), "at_once": at_once}
-    with whole_file(folder.with_name(f"{job.name}.json")) as part:
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_json(out / RUNS / f"{job.name}.json", record)
     failure_of(out, job).unlink(missing_ok=True)
     remove(folder)
     return record
@@ -112,6 +110,10 @@ class Run:
         self.curve: list[dict[str, float]] = []
         self.step = Step(self.model, SoftTargetCrossEntropy(), lambda told: say(f"{job}: {told}"))
 
+    @property
+    def ended(self) -> bool:
+        return self.epoch == self.epochs or self.diverged is not None
+
     def one_epoch(self) -> None:
         """Train on all pictures once; score the weights where it is time."""
         started = time.perf_counter()
@@ -121,12 +123,11 @@ class Run:
         loss = float(torch.stack(losses).mean())
         self.epoch += 1
         self.seconds += time.perf_counter() - started
-        entry = {"epoch": self.epoch, "loss": loss}
         if not math.isfinite(loss):
             self.diverged = f"in epoch {self.epoch}, its loss is {loss}"
-        elif self.epoch % self.plan.evaluate_every == 0 or self.epoch == self.epochs:
-            entry |= self.scores()
-        self.curve.append(entry)
+            return
+        scored = self.epoch % self.plan.evaluate_every == 0 or self.epoch == self.epochs
+        self.curve.append({"epoch": self.epoch, "loss": loss, **(self.scores() if scored else {})})
 
     def _batches(self, order: Tensor) -> list[Tensor]:
         size = self.plan.batch_size

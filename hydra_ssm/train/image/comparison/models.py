@@ -10,10 +10,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from ....encoder import expand_to
 from ....mixer import MatrixMixer
 from ....vision import DropIn, HydraViT
-from ....vision.dropin import expand_to
 from ...errors import UserError
+from ...matching import heads_of_layers
 from .plan import Plan
 
 TOLERANCE = 0.015  # of the ViT's parameters
@@ -83,17 +84,8 @@ def _mixers(row: str, plan: Plan, size: int) -> list[dict[str, Any]]:
     matrix, depth = MATRICES[row], _depth(plan)
     tokens = (size // plan.patch) ** 2
     target = _target(plan) + tokens * plan.width
-    below, above = _neighbours(plan, matrix, target / depth)
-    low, high = (_layer(plan, matrix, heads, plan.d_state) for heads in (below, above))
-    wider = min(depth, max(0, round((target - depth * low) / (high - low))))
-    return [_spec(plan, matrix, heads) for heads in [above] * wider + [below] * (depth - wider)]
-
-
-def _neighbours(plan: Plan, matrix: str, target: float) -> tuple[int, int]:
-    heads = 1
-    while _layer(plan, matrix, heads + 1, plan.d_state) <= target:
-        heads += 1
-    return heads, heads + 1
+    heads = heads_of_layers(depth, target, lambda heads: _layer(plan, matrix, heads, plan.d_state), 16 * plan.width)
+    return [_spec(plan, matrix, number) for number in heads]
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...._extras import require
-from ...checkpoints import whole_file
+from ...records import read_records
 from .loop import RUNS, failures
 from .plan import ROWS, Job, Plan
 from .speed import RESOLUTIONS, SPEED, read
@@ -27,7 +26,7 @@ MARKS = {
 
 def tried_rates(out: Path, plan: Plan, row: str) -> dict[float, float]:
     """The scores of the learning rates that a row has tried, once it has tried the plan's; else none."""
-    records = [r for r in _records(out) if r["row"] == row and r["tuning"]]
+    records = [r for r in read_records(out / RUNS) if r["row"] == row and r["tuning"]]
     tried = {r["learning_rate"]: _better(r) for r in records}
     return tried if tried.keys() >= set(plan.learning_rates) else {}
 
@@ -46,10 +45,6 @@ def best_rates(out: Path, plan: Plan, rows: Sequence[str]) -> dict[str, float]:
     return {row: max(tried, key=tried.__getitem__) for row, tried in scores.items()}
 
 
-def _records(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / RUNS).glob("*.json"))]
-
-
 def _better(record: dict[str, Any]) -> float:
     """Of the raw and the averaged weights; a run that diverged is the worst."""
     return -1.0 if record["diverged"] else max(record["top1"], record["top1_ema"])
@@ -57,7 +52,7 @@ def _better(record: dict[str, Any]) -> float:
 
 def collect(out: Path, plan: Plan, facts: dict[str, Any]) -> Report:
     """All records, and a summary of each row, the best first."""
-    records = _records(out)
+    records = read_records(out / RUNS)
     tuning = [r for r in records if r["tuning"]]
     runs = [r for r in records if not r["tuning"]]
     speed = read(out / SPEED)
@@ -128,11 +123,6 @@ def from_python(row: dict[str, Any]) -> bool:
 def plus_minus(value: dict[str, float] | None) -> str:
     """Mean and standard deviation in per cent."""
     return "-" if value is None else f"{value['mean']:.2f} ± {value['std']:.2f}"
-
-
-def write_json(report: Report, path: Path) -> None:
-    with whole_file(path) as part:
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def draw(report: Report, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,8 +17,8 @@ from ....bench.clock import Run
 from ....bench.machine import facts
 from ....bench.measure import measure
 from ....bench.report import Row
-from ...checkpoints import whole_file
 from ...errors import in_a_line
+from ...records import read_json, write_json
 from ...workers import Say
 from .jobs import device_works
 from .loop import forward
@@ -61,7 +60,7 @@ def measure_resolutions(out: Path, deadline: float, say: Say, pixels: tuple[int,
 
 def read(path: Path) -> dict[str, Any]:
     """What was measured: the machine, and a row for each name."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": {}, "rows": {}}
+    return read_json(path) or {"machine": {}, "rows": {}}
 
 
 def _measure_all(
@@ -83,8 +82,7 @@ def _measure_all(
         row |= {f"pictures_per_second_{part}": 1e3 * batch / ms if ms else None for part, ms in best.items()}
         found["rows"][name] = {**row, "pixels": size, "graph": row["graph_step"] is not None, "device": device.type}
         say(f"{name}, {batch} x {tokens} tokens: {row['note'] or _line(row)}")
-        with whole_file(path) as part:
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(path, found, indent=1)
 
 
 def _measured(name: str, batch: int, tokens: int, make: Callable[[], dict[str, Run]], device: torch.device) -> Row:

@@ -1,0 +1,40 @@
+"""JSON files that are whole or not there: records of runs, and reports of many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import whole_file
+
+Record = dict[str, Any]
+
+
+def write_json(path: Path, found: Any, **form: Any) -> None:
+    """Into a folder that may be new. form: options of json.dumps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(found, **form) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What such a file holds; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All that lie in a folder, by their names."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
+def write_report(report: Record, path: Path) -> None:
+    """With its `runs` a line each."""
+    rest = {name: value for name, value in report.items() if name != "runs"}
+    runs = ",\n".join(f"  {json.dumps(run)}" for run in report["runs"])
+    text = json.dumps(rest, indent=1).removesuffix("\n}") + f',\n "runs": [\n{runs}\n ]\n}}\n'
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
