@@ -1,4 +1,4 @@
-"""Teams of processes, one after the other, and the runs of each: told by a file how many and what to do.
+"""Teams of processes, one after the other, and the runs of each.
 
 They are forked, not started anew: importing takes each longer than its runs.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +76,9 @@ def work(rank: int, size: int, port: int, jobs: list[dict[str, Any]]) -> None:
     team.leave()
 
 
-def main() -> None:
-    for size, jobs in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+def run(teams: list[tuple[int, list[dict[str, Any]]]]) -> None:
+    """In a process that has imported and computed nothing yet."""
+    for size, jobs in teams:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         torch.multiprocessing.start_processes(work, (size, port, jobs), size, start_method="fork")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,13 @@
 """A folder is whole or not there, and damage is seen."""
 
+import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from safetensors.torch import save_file
 
 from hydra_ssm.train.checkpoints import (
@@ -83,15 +84,11 @@ def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.Monke
     assert damage(path) is None
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from hydra_ssm.train.checkpoints import whole_folder
-target, rename = Path(sys.argv[1]), Path.rename
-Path.rename = lambda self, to: os._exit(9) if to == target else rename(self, to)
-with whole_folder(target) as part:
-    (part / "recipe.json").write_text("new")
-"""
+def killed_before_it_is_there(target: Path) -> None:
+    rename = Path.rename
+    Path.rename = lambda self, to: os._exit(9) if to == target else rename(self, to)  # type: ignore[method-assign]
+    with whole_folder(target) as part:
+        (part / "recipe.json").write_text("new")
 
 
 def test_what_a_killed_process_was_about_to_replace_comes_back(tmp_path: Path) -> None:
@@ -99,7 +96,9 @@ def test_what_a_killed_process_was_about_to_replace_comes_back(tmp_path: Path) -
     for content, come_back in (("one", folder.exists), ("two", lambda: remove_unfinished(tmp_path))):
         with whole_folder(folder.training) as part:
             (part / "recipe.json").write_text(content, encoding="utf-8")
-        assert subprocess.run([sys.executable, "-c", KILLED, str(folder.training)]).returncode == 9
+        process = start(killed_before_it_is_there, folder.training)
+        process.join()
+        assert process.exitcode == 9
         assert not folder.training.exists()
         come_back()
         assert folder.recipe.read_text(encoding="utf-8") == content

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import LONGEST, alive, children, wait_until
+from processes import LONGEST, alive, children, start, wait_until
 from small_text import NOUNS, sentences
 
 from hydra_ssm.cli import main
@@ -402,12 +401,11 @@ def test_a_killed_preparation_goes_on_in_other_processes_to_the_same_bytes(
     many: list[str], tokenizer: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "shards"
-    arguments = [sys.executable, "-m", "hydra_ssm.cli", *command(many, tokenizer, out, 2)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = start(main, command(many, tokenizer, out, 2))
     wait_until(lambda: [*out.glob("train/data-*.arrow")], process)
     workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (out / MANIFEST).exists()
     with pytest.raises(UserError, match="must hold shards with a manifest"):
         ShardRows(out, "train")
@@ -536,6 +534,7 @@ def test_pretrain_trains_from_shards_as_from_their_text(here: Path, capsys: pyte
     assert not Path("run", "training", "train").exists()  # not copied
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_shards_are_checked_before_they_are_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*PREPARE, "--out", "shards"]) == 0
     assert main(["pretrain", "shards", *SHORT, "--out", "run"]) == 0
@@ -634,6 +633,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_and_begins_nothing(line: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if line.startswith("pretrain"):

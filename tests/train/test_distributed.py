@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from processes import LONGEST, children, wait_until
+from processes import LONGEST, children, start, wait_until
 from safetensors.torch import load_file
-from several import back
+from several import back, run
 from small_text import sentences
 from transformers import AutoModelForMaskedLM
 
 from hydra_ssm.train.checkpoints import checkpoints
+from hydra_ssm.train.distributed import restarted
 from hydra_ssm.train.pretrain import pretrain, resume
 from hydra_ssm.train.recipe import Recipe
 
@@ -75,12 +76,9 @@ def teams(base: Path, text: str) -> Path:
     ]
     for job in (*two, *four):
         job |= {name: str(base / job[name]) for name in ("out", "goes_on") if name in job} | {"step": 2}
-    (base / "teams.json").write_text(json.dumps([(2, two), (4, four)]), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("several.py")), str(base / "teams.json")],
-        env=environment(), capture_output=True, text=True, timeout=LONGEST, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = start(run, [(2, two), (4, four)])
+    process.join(LONGEST)
+    assert process.exitcode == 0
     return base
 
 
@@ -172,25 +170,28 @@ def job(out: Path, text: str, *launcher: str) -> Iterator[subprocess.Popen[str]]
         process.wait()
 
 
-ASK = """
-import os, torch
-from hydra_ssm.train.distributed import restarted
-def ask(rank):
+def ask(rank: int) -> None:
     os.environ |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": str(rank)}
-    print(f"{restarted()}\\n", end="", flush=True)  # one write: two processes share the pipe
-torch.multiprocessing.start_processes(ask, (), 2, start_method="fork")
-"""
+    print(f"{restarted()}\n", end="", flush=True)  # one write: two processes share the file
 
 
-def test_all_processes_go_on_where_one_machine_has_started_its_own_anew() -> None:
+def ask_two(known: dict[str, str], out: Path, error: Path) -> None:
+    os.environ |= known
+    for to, file in ((1, out), (2, error)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), to)
+    torch.multiprocessing.start_processes(ask, (), 2, start_method="fork")
+
+
+def test_all_processes_go_on_where_one_machine_has_started_its_own_anew(tmp_path: Path) -> None:
     """torchrun counts attempts on the machine alone whose process died."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    known = {**environment(), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    known = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     known |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0"}
-    done = subprocess.run([sys.executable, "-c", ASK], env=known, capture_output=True, text=True, timeout=LONGEST)
-    assert done.stdout == "True\n" * 2, done.stderr
-    assert done.stderr.count("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
+    out, error = tmp_path / "out", tmp_path / "error"
+    start(ask_two, known, out, error).join(LONGEST)
+    assert out.read_text() == "True\n" * 2, error.read_text()
+    assert error.read_text().count("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")

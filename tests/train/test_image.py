@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tarfile
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from processes import wait_until
+from processes import start, wait_until
 from rich.console import Console
 from timm.task import ClassificationTask
 
@@ -345,16 +344,11 @@ def test_a_run_learns_and_its_folder_is_loaded_by_timm_and_by_eval_and_predict(r
 def test_a_killed_run_goes_on_to_the_same_bits_with_any_number_of_workers(flowers, tmp_path):
     settings = {**TINY, "epochs": 3, "save_every": 1, "drop_path": 0.3}
     train(ImageRecipe.of(data=str(flowers), **settings), tmp_path / "whole")
-    program = (
-        "import sys, torch; torch.set_num_threads(1)\nfrom pathlib import Path\n"
-        "from hydra_ssm.train.image.recipe import ImageRecipe\nfrom hydra_ssm.train.image.training import train\n"
-        f"train(ImageRecipe.of(data=sys.argv[1], **{ {**settings, 'workers': 1}!r}), Path(sys.argv[2]))\n"
-    )
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", program, str(flowers), str(out)], stdout=subprocess.DEVNULL)
+    process = start(train, ImageRecipe.of(data=str(flowers), **{**settings, "workers": 1}), out)
     wait_until(lambda: [*out.glob("training/checkpoints/checkpoint-[6-9]")], process)  # amid the second epoch
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (out / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"epochs is 3 in the run that goes on in .*killed, got 4"):
         resume(out, {"epochs": 4})
@@ -434,26 +428,25 @@ def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_pa
     assert told in (tmp_path / "out" / "README.md").read_text()
 
 
+def member(rank, port, said, recipe, out):
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+    with said.open("w", encoding="utf-8") as sys.stdout:
+        train(recipe, out)
+
+
 def test_two_processes_take_the_steps_of_one(flowers, tmp_path):
     settings = {**TINY, **PLAIN, "epochs": 2}
     train(ImageRecipe.of(data=str(flowers), **{**settings, "accumulate": 2}), tmp_path / "one")
-    program = tmp_path / "two.py"
-    program.write_text(
-        "import sys, torch; torch.set_num_threads(1)\nfrom pathlib import Path\n"
-        "from hydra_ssm.train.image.recipe import ImageRecipe\nfrom hydra_ssm.train.image.training import train\n"
-        f"train(ImageRecipe.of(data=sys.argv[1], **{settings!r}), Path(sys.argv[2]))\n"
-    )
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(program), str(flowers), str(tmp_path / "two")]
-    rest = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **rest, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE)
-        for rank in "01"
-    ]
-    said = [worker.communicate()[0].decode() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+    recipe = ImageRecipe.of(data=str(flowers), **settings)
+    workers = [start(member, rank, port, tmp_path / rank, recipe, tmp_path / "two") for rank in "01"]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    said = [(tmp_path / rank).read_text(encoding="utf-8") for rank in "01"]
     assert "epoch 2/2" in said[0]
     assert said[1] == ""
     one, two = (load(tmp_path / name, torch.device("cpu")).model.state_dict() for name in ("one", "two"))

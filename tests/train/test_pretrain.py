@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import wait_until
+from processes import start, wait_until
 from rich.console import Console
 from safetensors.torch import load_file
 from small_text import NOUNS, sentences
@@ -59,7 +59,7 @@ def assert_same_bits(out: Path, expected: Path) -> None:
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def command(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hydra_ssm.cli", "pretrain", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -76,13 +76,13 @@ def test_a_run_that_is_killed_and_then_stopped_ends_as_if_nothing_had_happened(
 ) -> None:
     out = tmp_path / "run"
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
-    process = start(text_file, *settings, "--out", out)
-    wait_until(lambda: steps_saved(out) >= 10, process)
-    process.kill()
-    process.wait()
+    killed = start(main, ["pretrain", str(text_file), *settings, "--out", str(out)])
+    wait_until(lambda: steps_saved(out) >= 10, killed)
+    killed.kill()
+    killed.join()
     killed_after = steps_saved(out)
 
-    process = start("--out", out, "--resume")
+    process = command("--out", out, "--resume")
     wait_until(lambda: steps_saved(out) > killed_after, process)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
