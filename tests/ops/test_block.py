@@ -158,6 +158,30 @@ def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
         torch.autograd.grad(loss, leaves)
 
 
+OVER = {
+    "groups": ({"ngroups": 2, "expand": 4}, (2, 33), {}, torch.float32),
+    "documents in stretches": ({}, (1, 150), packed(0, 1, 14, 100, 150), torch.float32),
+    "mask": ({"expand": 3}, (3, 40), holes(40), torch.float32),
+    "one chunk in two tiles": ({}, (2, 100), {}, torch.float16),
+}
+
+
+@pytest.mark.parametrize(("options", "shape", "where", "dtype"), OVER.values(), ids=OVER)
+def test_gradients_over_what_was_kept_are_those_beside_it(options, shape, where, dtype, monkeypatch) -> None:
+    """A graph that is kept has its own memory written over by its last backward pass alone; parts of two chunks."""
+    monkeypatch.setattr("hydra_ssm.ops.triton.plan.HELD", 64)
+    mixer, u = layer(**options).to(dtype), torch.randn(*shape, 16, device=DEVICE).to(dtype).requires_grad_()
+    if shape[1] > 128:
+        from hydra_ssm.ops.triton import plan
+
+        states = plan.StatesConfig
+        monkeypatch.setattr(plan, "StatesConfig", lambda stretch=0, **more: states(stretch=min(stretch, 2), **more))
+    y = mixer(u, **where)
+    loss, leaves = (y * weights_of(y)).sum(), [u, *mixer.parameters()]
+    beside, over = (torch.autograd.grad(loss, leaves, retain_graph=keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(beside, over, strict=True))
+
+
 def test_who_looks_at_the_projection_keeps_it() -> None:
     mixer, u, seen = layer(), torch.randn(1, 7, 16, device=DEVICE), []
     plain = trained(mixer, u)

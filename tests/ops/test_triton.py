@@ -130,6 +130,43 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
         assert error(a, e) <= 2 * error(b, e) + unit, name
 
 
+PARTS = {
+    "rows, the last alone": ({"batch": 3, "heads": 3}, (16, 3, 0, False), 4, 2),
+    "rows and groups": ({"batch": 2, "heads": 6, "groups": 2, "documents": True}, (16, 3, 0, False), 1, 2),
+    "a row's stretches": ({"length": 36, "heads": 3, "documents": True}, (16, 3, 1, False), 2, 2),
+    "stretches of each row": ({"batch": 2, "length": 36, "documents": True}, (16, 2, 2, False), 2, 4),
+    "half of a state each": ({"batch": 2, "width": 32}, (16, 2, 0, False), 1, 2),
+    "a row without stretches": ({}, (16, 2, 0, False), 1, 1),
+}
+
+
+@pytest.mark.parametrize(("shape", "how", "held", "parts"), PARTS.values(), ids=PARTS)
+def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, parts, monkeypatch) -> None:
+    """Into fresh memory and, as a layer's backward pass, over what they are the gradients of."""
+    from hydra_ssm.ops.triton import Into, Steps, product, quasiseparable_backward
+
+    args, how, calls = case(**{"length": 20} | shape), plan(*how), []
+    dy = torch.randn_like(args[0])
+    whole = backward(dy, args, how)
+    seen = product.value_grads
+    monkeypatch.setattr(product, "value_grads", lambda *a: (calls.append(1), seen(*a)))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    in_parts = backward(dy, args, replace(how, held=held))
+    assert len(calls) == parts
+    x, dt_f, dt_b, A, *features, ids, diagonal = (t if t is None else t.clone() for t in args)
+    together = torch.cat([x.flatten(2), *(f.flatten(2) for f in features)], -1)
+    values, *views = together.split([x[0, 0].numel(), *[features[0][0, 0].numel()] * 4], -1)
+    values, views = values.unflatten(-1, x.shape[2:]), [v.unflatten(-1, features[0].shape[2:]) for v in views]
+    into = Into(values, None, None, *views)
+    over = quasiseparable_backward(
+        dy, values, Steps(dt_f, dt_b, A), *views, ids, diagonal, how=replace(how, held=held), into=into
+    )
+    for name, a, b, c in zip(NAMES, whole, in_parts, [*over[:4], *over[5:]], strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, c), name
+
+
 def test_strided_inputs_and_poisoned_memory(monkeypatch) -> None:
     """The layer's tensors are slices of one projection; every element of a result is written."""
     x, dt_f, dt_b, A, *features, ids, diagonal = case(length=21)
