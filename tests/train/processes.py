@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 LONGEST = 300.0  # seconds: more than anything takes on a busy machine
-
-
 IMPORTED = ("hydra_ssm.train.pretrain", "hydra_ssm.train.comparison", "hydra_ssm.train.image.comparison",
-            "hydra_ssm.train.data.prepare", "hydra_ssm.train.finetune")  # fmt: skip
+            "hydra_ssm.train.image.training", "hydra_ssm.train.data.prepare", "hydra_ssm.train.finetune")  # fmt: skip
 
 
 def warm() -> ForkServerContext:
@@ -34,6 +32,7 @@ def start(target: Callable[..., object], *arguments: object, **settings: object)
 
 def _quietly(target: Callable[..., object], arguments: tuple[object, ...], settings: dict[str, object]) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # its own processes begin as those of any other do
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     target(*arguments, **settings)
 
