@@ -27,6 +27,12 @@ def expand_to(d_inner: int, d_model: int) -> float:
     return expand if int(expand * d_model) == d_inner else math.nextafter(expand, math.inf)
 
 
+def undecayed(model: nn.Module) -> set[str]:
+    """Full names of what the mixers of a model want no weight decay for."""
+    mixers = ((name, m) for name, m in model.named_modules() if isinstance(m, MatrixMixer))
+    return {f"{name}.{own}" for name, mixer in mixers for own in mixer.no_weight_decay()}
+
+
 def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> MatrixMixer:
     """The mixer that a layer asks for.
 

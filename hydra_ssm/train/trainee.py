@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..encoder import undecayed
 from ..matrices import Cauchy, StructuredMatrix, Vandermonde
 from ..matrices.fusion import fused
 from ..mixer import MatrixMixer
@@ -58,8 +59,7 @@ def masked_loss(logits: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, 
 
 def make_optimizer(net: nn.Module, rate: float, decay: float, fused: bool) -> torch.optim.AdamW:
     """Decay on matrices alone: not on biases, norms, and the numbers that Hydra's decays and skips are made of."""
-    mixers = [(path, m) for path, m in net.named_modules() if isinstance(m, MatrixMixer)]
-    free = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
+    free = undecayed(net)
     norms = {id(p) for m in net.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..bench.machine import device_name
-from ..mixer import MatrixMixer
+from ..encoder import undecayed
 from ..text import HydraForMaskedLM
 from ..text.collators import IGNORED, MaskedLMCollator
 from .baseline import Score
@@ -155,8 +155,7 @@ class MaskedLMTrainer(WholeCheckpoints):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and the numbers that decays and skips are made of."""
-        mixers = [(path, m) for path, m in model.named_modules() if isinstance(m, MatrixMixer)]
-        kept = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
+        kept = undecayed(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def compute_loss(

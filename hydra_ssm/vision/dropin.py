@@ -10,9 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..encoder import MixerSpec, expand_to, make_mixer
+from ..encoder import MixerSpec, expand_to, make_mixer, undecayed
 from ..mixer import MatrixMixer
-from .models import sizes, undecayed
+from .models import sizes
 from .orders import parse, reading
 
 MLP_STEP = 8  # widths of the MLP are multiples of it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..encoder import Encoder, MixerSpec, Modulation
+from ..encoder import Encoder, MixerSpec, Modulation, undecayed
 from ..mixer import MatrixMixer
 from .orders import Grid, parse, reading
 
@@ -326,12 +326,6 @@ class HydraViT(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return taken
-
-
-def undecayed(model: nn.Module) -> set[str]:
-    """Full names of what the mixers of a model want no weight decay for."""
-    mixers = ((name, m) for name, m in model.named_modules() if isinstance(m, MatrixMixer))
-    return {f"{name}.{own}" for name, mixer in mixers for own in mixer.no_weight_decay()}
 
 
 def take_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:

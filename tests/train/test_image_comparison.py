@@ -287,7 +287,7 @@ def test_two_comparisons_do_not_share_a_folder(digits, tmp_path):
     tmp_path.joinpath("out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is at work in .*out: choose another --out, or wait"):
+        with pytest.raises(UserError, match=r"another process is at work in .*out: choose another --out, or wait"):
             compare(digits, tmp_path / "out", **TINY)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 

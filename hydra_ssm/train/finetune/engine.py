@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ... import text as _registers  # noqa: F401 - Hydra, with the Auto classes
-from ...mixer import MatrixMixer
+from ...encoder import undecayed
 from ...text.collators import IGNORED
 from ...text.messages import quiet
 from ...text.tokenizer import load_tokenizer
@@ -119,8 +119,7 @@ class FineTuner(WholeCheckpoints):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All but biases, norms, and the numbers that decays and skips are made of."""
-        mixers = [(path, m) for path, m in model.named_modules() if isinstance(m, MatrixMixer)]
-        kept = {f"{path}.{name}" for path, mixer in mixers for name in mixer.no_weight_decay()}
+        kept = undecayed(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
 
     def fit(self, checkpoint: Path | None = None) -> None:

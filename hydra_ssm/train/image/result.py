@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ... import vision
 from ...vision.models import sizes
-from ..errors import UserError
+from ..errors import UserError, in_a_line
 from .recipe import ImageRecipe
 
 CONFIG, AVERAGED, RAW = "config.json", "model.safetensors", "raw.safetensors"
@@ -96,6 +96,5 @@ def load(folder: Path, device: torch.device, *, raw: bool = False) -> Trained:
         model = timm.create_model(name, num_classes=len(classes), **found["model_args"])
         model.load_state_dict(load_file(folder / (RAW if raw else AVERAGED)))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} must be what hydra-ssm image train wrote: {told}") from error
+        raise UserError(f"{folder} must be what hydra-ssm image train wrote: {in_a_line(error)}") from error
     return Trained(on_device(model, device).eval(), config, classes)
