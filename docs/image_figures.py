@@ -34,6 +34,8 @@ Report = dict[str, Any]
 def models(report: Report) -> list[str]:
     """A line a row, the best first."""
     plan, data, machine = report["plan"], report["data"], report["machine"]
+    on_gpu = any((row["speed"] or {}).get("device") == "cuda" for row in report["rows"])
+    how = ", replayed as a CUDA graph where there is one), bf16 autocast." if on_gpu else "), float32."
     lines = [
         f"{report['date']}, {machine.get('device', 'device not measured')}, torch {machine.get('torch', NONE)}; "
         f"{data['source']}: {data['train_pictures']:,} pictures to train on, {data['test_pictures']:,} to test, "
@@ -44,7 +46,7 @@ def models(report: Report) -> list[str]:
         f"first or the last, at most {plan['further_rates']} times by a factor of two. "
         f"{augmentation(plan['strength'])} "
         "Top-1 in per cent, mean ± standard deviation over the seeds; pictures a second and memory of a training "
-        "step (forward and backward, replayed as a CUDA graph where there is one), bf16 autocast.",
+        f"step (forward and backward{how}",
         "",
         "| | parameters | learning rate | top-1, averaged | top-1, raw | top-5, averaged | pictures/s | MB | seeds |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -205,8 +205,5 @@ def image_compare(
     from ..train.image.comparison import compare
 
     settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    stages = ("speed", "tuning", "runs") if small else ("speed", "tuning", "runs", "resolutions")
     size = "small" if small else None
-    compare(
-        data, out, size=size, rows=rows, seeds=seeds, stages=stages, jobs=jobs, limit=limit, budget=budget, **settings
-    )
+    compare(data, out, size=size, rows=rows, seeds=seeds, jobs=jobs, limit=limit, budget=budget, **settings)

@@ -34,7 +34,7 @@ def compare(
     size: str | None = None,
     rows: Sequence[str] = (),
     seeds: Sequence[int] = (0, 1, 2),
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] | None = None,
     jobs: int | None = None,
     limit: float | None = None,
     budget: float | None = None,
@@ -55,7 +55,7 @@ def compare(
         rows: of `ROWS`; none for all.
         seeds: of the runs that count.
         stages: speed (of the models, alone on the device), tuning (of the learning rates), runs, and resolutions
-            (base models from 64 to 1,024 pixels), in this order.
+            (base models from 64 to 1,024 pixels), in this order; None for all, of a small comparison but the last.
         jobs: runs at once; None for 3 on a GPU and 1 on a CPU.
         limit: seconds after which it stops, to be gone on with by the same call.
         budget: seconds of the device that tuning and runs may take by the estimate of the stage speed: before the
@@ -68,10 +68,11 @@ def compare(
     """
     deadline = float("inf") if limit is None else time.time() + limit
     folder, chosen = Path(out), choose_rows(rows)
-    if unknown := set(stages) - set(STAGES):
+    if unknown := set(stages or ()) - set(STAGES):
         raise UserError(f"stages must be of {', '.join(STAGES)}, got {min(unknown)}")
     with alone(folder, "a comparison", lambda path: path.name == DATA):
         plan = _plan(folder, size, settings, lowered=budget is not None)
+        stages = (STAGES[:-1] if plan.size == "small" else STAGES) if stages is None else stages
         pictures = Path(data) if data is not None and (Path(data) / "pictures.json").is_file() else folder / DATA
         say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
         prepare(data, pictures)
