@@ -13,7 +13,8 @@ import torch
 
 LONGEST = 300.0  # seconds: more than anything takes on a busy machine
 IMPORTED = ("hydra_ssm.train.pretrain", "hydra_ssm.train.comparison", "hydra_ssm.train.image.comparison",
-            "hydra_ssm.train.image.training", "hydra_ssm.train.data.prepare", "hydra_ssm.train.finetune")  # fmt: skip
+            "hydra_ssm.train.image.training", "hydra_ssm.train.data.prepare", "hydra_ssm.train.finetune",
+            "matplotlib.figure")  # fmt: skip
 
 
 def warm() -> ForkServerContext:

@@ -115,9 +115,9 @@ def test_all_rows_have_equal_parameters_states_depth_and_width(size: str) -> Non
         found = config(plan, row, plan.vocab_size)
         assert abs(parameters(found) - equal) <= bar * equal, row
         assert (found.num_hidden_layers, found.hidden_size) == (plan.layers, plan.d_model)
-        matrix, computed = row.removesuffix("-fixed"), not row.endswith("-fixed")
-        assert max(heads(plan, row)) - min(heads(plan, row)) <= (2 if matrix == "concat" else 1)
-        layers = [*zip(found.layer_mixers, heads(plan, row), strict=True)]
+        matrix, computed, numbers = row.removesuffix("-fixed"), not row.endswith("-fixed"), heads(plan, row)
+        assert max(numbers) - min(numbers) <= (2 if matrix == "concat" else 1)
+        layers = [*zip(found.layer_mixers, numbers, strict=True)]
         assert len(layers) == plan.layers
         for spec, number in [layer for at, layer in enumerate(layers) if layer not in layers[:at]]:
             with torch.device("meta"):
