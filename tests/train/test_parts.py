@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import wandb
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -185,6 +184,8 @@ def test_neither_parts_nor_checkpointing_nor_compilation_change_the_loss(
 
 def written(out: Path) -> dict[Path, bytes]:
     """The logs of the offline runs of Weights & Biases; it has its own process, which writes on after their end."""
+    import wandb  # takes seconds, in each process that collects tests
+
     wandb.teardown()  # waits for it
     return {file: file.read_bytes() for file in out.glob("training/wandb/offline-run-*/run-*.wandb")}
 
