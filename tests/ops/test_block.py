@@ -106,8 +106,9 @@ CASES = {
 
 @pytest.mark.parametrize(("options", "shape", "where"), CASES.values(), ids=CASES)
 def test_the_layer_equals_its_eager_form_in_float64(options, shape, where, monkeypatch) -> None:
-    """Where the forward pass is found again, two rows of the batch at a time."""
+    """Where the forward pass is found again, two rows of the batch at a time, or a chunk of a row."""
     monkeypatch.setattr("hydra_ssm.ops.triton.block.RECOMPUTED", 26)
+    monkeypatch.setattr("hydra_ssm.ops.triton.block.OF_ONE", 32)
     mixer = layer(**options)
     agree(mixer, torch.randn(*shape, mixer.d_model, device=DEVICE), **where)
 
@@ -122,6 +123,26 @@ def test_two_runs_agree_to_the_bit_and_recomputing_changes_nothing() -> None:
     assert same(trained(mixer, u), first)
     again = like(mixer, "triton", recompute=True)
     assert same(trained(again, u), first)
+
+
+@pytest.mark.parametrize(("length", "of_one"), [(70, 32), (100, 64)])
+def test_a_long_row_that_is_computed_again_in_parts_gives_what_it_gave(length, of_one, monkeypatch) -> None:
+    """With three heads; the same bits from memory that may hold anything."""
+    import hydra_ssm.ops.triton.block as block
+
+    whole, u = layer(d_model=24), torch.randn(1, length, 24, device=DEVICE)
+    monkeypatch.setattr(block, "RECOMPUTED", 32)
+    monkeypatch.setattr(block, "OF_ONE", of_one)
+    parts, seen = [], block.norm_backward
+    monkeypatch.setattr(block, "norm_backward", lambda *a: parts.append(1) or seen(*a))
+    again, where = like(whole, "triton", recompute=True), packed(0, 1, 40, length)
+    first = trained(again, u, **where)
+    assert len(parts) == -(-length // of_one)
+    for name, expected in trained(whole, u, **where).items():
+        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=2e-6 * expected.abs().max().item(), msg=name)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert same(trained(again, u, **where), first)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

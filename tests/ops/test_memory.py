@@ -41,6 +41,7 @@ def bytes_a_token(monkeypatch) -> Callable[..., float]:
     import hydra_ssm.ops.triton.block as block
 
     monkeypatch.setattr(block, "RECOMPUTED", 512)
+    monkeypatch.setattr(block, "OF_ONE", 64)
     if DEVICE == "cpu":
         from triton.runtime.interpreter import GridExecutor
 
@@ -79,6 +80,13 @@ def test_a_step_holds_what_the_page_says(bytes_a_token) -> None:
 def test_a_step_that_recomputes_holds_the_projection_and_what_it_is_multiplied_with(bytes_a_token) -> None:
     """In the forward pass: the projection, x, B, C, half of the states, as its chunks are of 128 tokens, and y."""
     assert bytes_a_token(6, 512, recompute=True) < 1.01 * (6752 + 3584 + 3072 + 3072 + 483)
+
+
+def test_a_long_row_that_is_computed_again_has_neither_y_nor_states_at_once(bytes_a_token) -> None:
+    """The projection, x, B and C, the decays, the gradient of y in the place of what it is found from, and y."""
+    borders = 2 * 2 * 4 * 24 * 64 * 64 / 64  # of S and of T, one for each part of 64 tokens, float32
+    found = bytes_a_token(1, 2048, recompute=True)
+    assert found < 1.01 * (6752 + 3584 + 483 + 4 + 1536 + 3072 + 48 + borders)
 
 
 class Linear:

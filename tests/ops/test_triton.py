@@ -149,7 +149,7 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     dy = torch.randn_like(args[0])
     whole = backward(dy, args, how)
     seen = product.value_grads
-    monkeypatch.setattr(product, "value_grads", lambda *a: (calls.append(1), seen(*a)))
+    monkeypatch.setattr(product, "value_grads", lambda *a: calls.append(1) or seen(*a))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     in_parts = backward(dy, args, replace(how, held=held))

@@ -9,7 +9,7 @@ The backward pass writes the gradient of each part where it belongs in that of `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from ..linear import is_spent
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
-from .norm import norm_backward, norm_forward
-from .plan import plan
-from .product import Into, find_decays, quasiseparable_backward, quasiseparable_forward
+from .norm import NormGrads, norm_backward, norm_forward
+from .plan import Plan, plan
+from .product import Into, find_decays, outputs_in_parts, quasiseparable_backward, quasiseparable_forward
+from .sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Kept:
     """What the backward pass needs of the forward pass, or finds again."""
 
     xBC: Tensor  # (B, L, C)
-    y: Tensor  # (B, L, inner)
+    y: Tensor | None  # (B, L, inner)
     rstd: Tensor  # (B, L)
     states: Tensor | None  # (2, B, chunks, H, N, P)
     sums: Tensor  # the decays, see decay.py
@@ -88,6 +89,33 @@ class Kept:
 
 MOST_HEADS = 128  # beyond, a tile of all heads does not fit beside the others of a kernel
 RECOMPUTED = 8192  # tokens whose forward pass is found again at once: enough to fill a GPU, few for its memory
+OF_ONE = 4096  # the same where one sequence has more: all of its x, B, C and decays are there beside them
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Of the product: views of x, B and C after the convolution, and the decays."""
+
+    xBC: Tensor  # (B, L, C)
+    x: Tensor  # (B, L, H, P)
+    features: tuple[Tensor, Tensor, Tensor, Tensor]  # (B, L, G, N)
+    steps: Steps
+    decays: Decays
+    how: Plan
+
+
+def _operands(
+    projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], ids: Tensor | None, backward: bool
+) -> Operands:
+    _, wet, dt_f, dt_b = sizes.parts(projected)
+    xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
+    x, *features = sizes.values_and_features(xBC)
+    B_f, C_f, B_b, C_b = features
+    steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
+    how = plan(x, B_f, backward=backward)
+    projection = Projection(x.flatten(2), weights.fc_D, weights.D)
+    decays = find_decays(x, steps, ids, projection if how.project else projection.rounded(), how)
+    return Operands(xBC, x, (B_f, C_f, B_b, C_b), steps, decays, how)
 
 
 def block_forward(
@@ -98,36 +126,46 @@ def block_forward(
 
     keep: what is kept serves the backward pass; else normed takes the place of y.
     """
-    z, wet, dt_f, dt_b = sizes.parts(projected)
-    xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
-    x, B_f, C_f, B_b, C_b = sizes.values_and_features(xBC)
-    steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
-    how = plan(x, B_f, backward=keep)
-    projection = Projection(x.flatten(2), weights.fc_D, weights.D)
-    decays = find_decays(x, steps, ids, projection if how.project else projection.rounded(), how)
-    y, states = quasiseparable_forward(x, steps, B_f, C_f, B_b, C_b, ids, None, how, decays)
+    of = _operands(projected, weights, sizes, limits, ids, keep)
+    y, states = quasiseparable_forward(of.x, of.steps, *of.features, ids, None, of.how, of.decays)
     y = y.flatten(2)
-    normed, rstd = norm_forward(y, z, weights.norm, eps, out=None if keep else y)
-    assert decays.diagonal is not None
-    return normed, Kept(xBC, y, rstd, states, decays.sums, decays.steps, decays.totals, decays.diagonal)
+    normed, rstd = norm_forward(y, sizes.parts(projected)[0], weights.norm, eps, out=None if keep else y)
+    return normed, _kept(of, y, rstd, states)
+
+
+def _kept(of: Operands, y: Tensor | None, rstd: Tensor, states: Tensor | None) -> Kept:
+    assert of.decays.diagonal is not None
+    return Kept(of.xBC, y, rstd, states, of.decays.sums, of.decays.steps, of.decays.totals, of.decays.diagonal)
+
+
+def _again(
+    projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], ids: Tensor | None, rstd: Tensor
+) -> Kept:
+    """What the forward pass had, found again; of a long row without y and the states, which follow in parts."""
+    of = _operands(projected, weights, sizes, limits, ids, True)
+    if projected.shape[1] > RECOMPUTED:
+        return _kept(of, None, rstd, None)
+    y, states = quasiseparable_forward(of.x, of.steps, *of.features, ids, None, of.how, of.decays)
+    return _kept(of, y.flatten(2), rstd, states)
 
 
 def block_backward(
     dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float],
-    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool, spent: Tensor | None = None,
+    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool, spent: bool = False,
 ) -> Weights:  # fmt: skip
     """Writes dprojected, which may be projected; returns the gradients of the weights.
 
-    reuse: what is kept is written over, y by its gradient and x, B and C by theirs. spent: a tensor whose memory is
-    given back once dnormed has been read.
+    reuse: what is kept is written over, y by its gradient and x, B and C by theirs. spent: nobody else reads dnormed:
+    its memory is used, or given back once it has been read.
     """
-    z, wet, dt_f, dt_b = sizes.parts(projected)
-    dz, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
-    dy = kept.y if reuse else torch.empty_like(kept.y)
+    _, wet, dt_f, dt_b = sizes.parts(projected)
+    _, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
-    norm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz, x)
-    if spent is not None:
-        spent.untyped_storage().resize_(0)
+    how = plan(x, B_f, backward=True)
+    if kept.y is None:
+        held = cdiv(OF_ONE, how.chunk)
+        how = replace(how, held=held, states=replace(how.states, stretch=held))
+    dy, norm = _norm_gradients(dnormed, projected, weights, sizes, ids, kept, dprojected, how, reuse, spent)
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None
     ddiagonal = norm.diagonal.flatten(0, 1)
@@ -140,7 +178,7 @@ def block_backward(
     few = sizes.heads <= MOST_HEADS
     _, _, _, dA_log, ddt_bias, *_ = quasiseparable_backward(
         dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, None, kept.states,
-        plan(x, B_f, backward=True), into, kept.decays, (norm.diagonal, fc_D) if few else None,
+        how, into, kept.decays, (norm.diagonal, fc_D) if few else None,
     )  # fmt: skip
     assert ddt_bias is not None
     if not few:
@@ -148,6 +186,34 @@ def block_backward(
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
     dD = norm.diagonal_sum.to(weights.D.dtype, copy=True)
     return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), norm.weight)
+
+
+def _norm_gradients(
+    dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, ids: Tensor | None, kept: Kept,
+    dprojected: Tensor, how: Plan, reuse: bool, spent: bool,
+) -> tuple[Tensor, NormGrads]:  # fmt: skip
+    """dy (B, L, inner) and what else the norm's backward pass finds; writes dz."""
+    z, dz = sizes.parts(projected)[0], sizes.parts(dprojected)[0]
+    x, *features = sizes.values_and_features(kept.xBC)
+    if kept.y is not None:
+        dy = kept.y if reuse else torch.empty_like(kept.y)
+        norm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz, x)
+        if spent and dnormed.untyped_storage().nbytes() == dnormed.nbytes:
+            dnormed.untyped_storage().resize_(0)
+        return dy, norm
+    dy, found = dnormed if spent else torch.empty_like(dnormed), []
+    for some, y in outputs_in_parts(x, features, kept.decays, ids, how):
+        own, own_z, rstd, to, to_z, values = (t[:, some] for t in (dnormed, z, kept.rstd, dy, dz, x))
+        found.append(norm_backward(own, y.flatten(2), own_z, weights.norm, rstd, to, to_z, values))
+    return dy, _joined(found)
+
+
+def _joined(parts: list[NormGrads]) -> NormGrads:
+    """Of the parts of a row."""
+    if len(parts) == 1:
+        return parts[0]
+    weight, diagonal, diagonal_sum = zip(*((p.weight, p.diagonal, p.diagonal_sum) for p in parts), strict=True)
+    return NormGrads(torch.stack(weight).sum(0), torch.cat(diagonal, 1), torch.stack(diagonal_sum).sum(0))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -185,7 +251,7 @@ def _forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *given, shape, low, high, eps, _, keep = inputs
     *values, ids = packed(*given)
     normed, kept = block_forward(projected, Weights(*values), Sizes(*shape), (low, high), eps, ids, keep)
-    tensors = [getattr(kept, f.name) if keep else None for f in fields(kept)]
+    tensors = [getattr(kept, f.name) if keep or f.name == "rstd" else None for f in fields(kept)]
     return normed, *(projected.new_empty(0) if t is None else t for t in tensors)
 
 
@@ -196,11 +262,11 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     new, wide = projected.new_empty, partial(projected.new_empty, dtype=torch.float32)
     y, H = (batch, L, sizes.inner), sizes.heads
     if not keep:
-        return new(y), *(new(0) for _ in fields(Kept))
+        return new(y), *(wide(batch, L) if f.name == "rstd" else new(0) for f in fields(Kept))
     xBC = new(batch, L, sizes.inner + 4 * sizes.features)
     x, B, *_ = sizes.values_and_features(xBC)
     Q = plan(x, B, backward=True).chunk
-    chunks = -(-L // Q)
+    chunks = cdiv(L, Q)
     states = new((2, batch, chunks, H, sizes.state, sizes.headdim) if chunks > 1 else 0)
     steps = wide(batch, H, chunks * Q, 8) if x.dtype == torch.float32 else new(0)
     decays = wide(batch, H, chunks * Q, 4), steps, wide(batch, H, chunks, 2), wide(batch, H, chunks * Q)
@@ -220,24 +286,29 @@ def _gradients(
 
     reuse: what is kept may be written over, and dnormed given back if it says that nobody else has it.
     """
-    spent = dnormed if reuse and is_spent(dnormed) else None
-    *tensors, shape, low, high, eps = inputs[:-8]
+    spent = reuse and is_spent(dnormed)
+    *tensors, shape, low, high, _ = inputs[:-8]
     *values, ids = packed(*tensors)
     dnormed, batch = dnormed.contiguous(), projected.shape[0]
     given: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
     kept = None if given[0] is None else Kept(*given)
-    size = batch if kept is not None else max(1, RECOMPUTED // projected.shape[1])
+    rstd, L = given[2], projected.shape[1]
+    size = batch if kept is not None else max(1, RECOMPUTED // L)
     # Gradients that are added up are so in float32, which they have if the weights do.
-    used = values if size >= batch else [None if t is None else t.float() for t in values]
+    used = (
+        values
+        if kept is not None or (size >= batch and L <= RECOMPUTED)
+        else [None if t is None else t.float() for t in values]
+    )
     weights, sizes, limits = Weights(*used), Sizes(*shape), (low, high)
     sums: list[Tensor | None] = []
     for some in (slice(start, start + size) for start in range(0, batch, size)):
         part, own_ids = projected[some], None if ids is None else ids[some]
         with torch.autocast(part.device.type, enabled=False):  # the forward pass has already chosen
-            again = kept or block_forward(part, weights, sizes, limits, eps, own_ids, True)[1]
+            again = kept or _again(part, weights, sizes, limits, own_ids, rstd[some])
             grads = block_backward(
                 dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None,
-                spent if some.stop >= batch else None,
+                spent,
             )  # fmt: skip
             del again  # before the next is found
         more = [getattr(grads, f.name) for f in fields(grads)]

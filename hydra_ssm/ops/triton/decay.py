@@ -257,6 +257,10 @@ class Steps:
         """From the causal A to the anticausal one."""
         return 0 if self.A.ndim == 1 else self.A.shape[1]
 
+    def of(self, rows: slice) -> Steps:
+        """Those of some rows of the batch."""
+        return Steps(self.dt_f[rows], self.dt_b[rows], self.A, self.bias, self.limits)
+
 
 @dataclass(frozen=True)
 class Decays:

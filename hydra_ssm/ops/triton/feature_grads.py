@@ -55,6 +55,7 @@ def _part(
     L,
     chunks,
     chunk,
+    held,
     through_stride,
     sums_stride,
     product_stride,
@@ -115,11 +116,11 @@ def _part(
         state_f = tl.load(states + h * (N * P) + entry)
         part, along = _through(values, state_f, us_f, weight_f, PACKED, PRECISION)
         grad_f += part
-        tl.store(sums + h * (chunks * Q) + i, along)
+        tl.store(sums + h * (held * Q) + i, along)
         state_b = tl.load(states + (h * (N * P) + state_stride) + entry)
         part, along = _through(values, state_b, us_b, weight_b, PACKED, PRECISION)
         grad_b += part
-        tl.store(sums + 2 * sums_stride + h * (chunks * Q) + i, along)
+        tl.store(sums + 2 * sums_stride + h * (held * Q) + i, along)
         # 2^total <T, S>: the causal one here, the anticausal one where B is.
         if READS:
             other = tl.load(other_states + h * (N * P) + entry)
@@ -133,7 +134,7 @@ def _part(
             if HAS_IDS:
                 g *= (right == first).to(tl.float32)
             product = _product(state_b, other, PACKED)
-        tl.store(products + (1 - READS) * product_stride + h * chunks, g * tl.sum(product))
+        tl.store(products + (1 - READS) * product_stride + h * held, g * tl.sum(product))
     to = through + i[:, None] * N + n[None, :]
     tl.store(to, grad_f)
     tl.store(to + 2 * through_stride, grad_b)
@@ -208,8 +209,8 @@ def _feature_grads_kernel(
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 8)
     totals += (first * chunks + chunk) * 2
-    sums += (first * chunks + chunk) * Q + kind * sums_stride
-    products += first * chunks + chunk
+    sums += (first * held + place) * Q + kind * sums_stride
+    products += first * held + place
     ids += batch * L
     at = ((batch * held + place) * G + group) * (HEADS * N * P)
     states += at
@@ -219,7 +220,7 @@ def _feature_grads_kernel(
         _part(
             dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
             C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
-            products, L, chunks, chunk, through_stride, sums_stride, product_stride, state_stride, adjoint_stride,
+            products, L, chunks, chunk, held, through_stride, sums_stride, product_stride, state_stride, adjoint_stride,
             stride_yl, stride_yh, stride_Cfl, stride_Cbl, heads, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
             PRECISION, STAGES,
         )  # fmt: skip
@@ -227,7 +228,7 @@ def _feature_grads_kernel(
         _part(
             x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
             B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
-            products, L, chunks, chunk, through_stride, sums_stride, product_stride, adjoint_stride, state_stride,
+            products, L, chunks, chunk, held, through_stride, sums_stride, product_stride, adjoint_stride, state_stride,
             stride_xl, stride_xh, stride_Bfl, stride_Bbl, heads, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
             PRECISION, STAGES,
         )  # fmt: skip
@@ -242,42 +243,35 @@ class FeatureGradsConfig:
 
 
 @dataclass(frozen=True)
-class StateSums:
-    """What the states give to dt and A, float32."""
+class StateGrads:
+    """What the states give to B, C, dt and A, float32, of L' tokens in so many chunks."""
 
+    through: Tensor  # (4, B, G, L', N) parts of dC_f, dB_f, dC_b, dB_b, those of C in the rows that read with it
     sums: Tensor  # (4, B, H, L') Rst and Cst, causal, then anticausal
     products: Tensor  # (2, B, H, chunks) 2^total <T, S>
-
-    @classmethod
-    def empty(cls, decays: Decays) -> StateSums:
-        new, (batch, H, L, _) = decays.sums.new_empty, decays.sums.shape
-        return cls(new(4, batch, H, L), new(2, *decays.totals.shape[:3]))
-
-    def of(self, rows: slice) -> StateSums:
-        return StateSums(self.sums[:, rows], self.products[:, rows])
 
 
 def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor, adjoint: Tensor, sums: StateSums, Q: int, config: FeatureGradsConfig, precision: str,
-    start: int = 0,
-) -> Tensor:  # fmt: skip
+    states: Tensor, adjoint: Tensor, Q: int, config: FeatureGradsConfig, precision: str, start: int = 0,
+) -> StateGrads:  # fmt: skip
     """The gradients through the states S and their adjoint T of the chunks (of Q tokens) from `start` that T is of.
 
-    Writes their sums; returns (4, B, G, tokens of these chunks, N), parts of dC_f, dB_f, dC_b and dB_b, those of C in
-    the rows that read with it. S and T are (2, B, chunks, H, N, P), of which the first stride may be any.
+    S and T are (2, B, chunks, H, N, P), of which the first stride may be any; B = 1 if these are not all chunks.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     held = adjoint.shape[2]
-    through = decays.sums.new_empty(4, batch, G, held * Q, N)
+    new = decays.sums.new_empty
+    found = StateGrads(new(4, batch, G, held * Q, N), new(4, batch, H, held * Q), new(2, batch, H, held))
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
     _feature_grads_kernel[(batch * held * G * 2,)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-        x if ids is None else ids, states, adjoint, through, sums.sums, sums.products, L, G, cdiv(L, Q), start, held,
-        through.stride(0), sums.sums.stride(0), sums.products.stride(0), states.stride(0), adjoint.stride(0), *strides,
-        H // G, SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
+        x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, cdiv(L, Q), start,
+        held, found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0),
+        adjoint.stride(0), *strides, H // G, SHIFTED=int(decays.shifted), HEADS=H // G,
+        HAS_IDS=ids is not None, FOLDED=decays.steps is None,
         PACKED=x.dtype == torch.bfloat16, Q=Q, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
-    return through
+    return found

@@ -17,7 +17,7 @@ from .decay import Decays, load_decays, load_rests, load_steps
 from .sizes import cdiv
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "heads"])
+@triton.jit(do_not_specialize=["L", "chunks", "start", "held", "heads"])
 def _output_kernel(
     x,
     B_f,
@@ -33,6 +33,8 @@ def _output_kernel(
     L,
     H,
     chunks,
+    start,
+    held,
     heads_per_group,
     state_stride,
     stride_xb,
@@ -65,15 +67,19 @@ def _output_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks (Q / ROWS) (H / HEADS)), what shares a chunk side by side: B, C and x then come from cache."""
+    """Grid (B held (Q / ROWS) (H / HEADS)), what shares a chunk side by side: B, C and x then come from cache.
+
+    Of the chunks `held` from `start`, whose states and rows of y alone there is room for.
+    """
     pid = tl.program_id(0).to(tl.int64)
     parts: tl.constexpr = Q // ROWS
     part = pid % parts
     pid = pid // parts
     programs = H // HEADS
     head0 = pid % programs * HEADS
-    chunk = pid // programs % chunks
-    batch = pid // (programs * chunks)
+    held_at = pid // programs % held
+    chunk = start + held_at
+    batch = pid // (programs * held)
     group = head0 // heads_per_group
     i = part * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, Q)
@@ -116,8 +122,8 @@ def _output_kernel(
     steps += here * 8
     diagonals += here
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + j[:, None] * stride_xl + p[None, :]
-    ys = y + ((batch * L + begin) * H + head0) * P + i[:, None] * (H * P) + p[None, :]
-    state_f = states + ((batch * chunks + chunk) * H + head0) * (N * P) + n[:, None] * P + p[None, :]
+    ys = y + ((batch * L + held_at * Q) * H + head0) * P + i[:, None] * (H * P) + p[None, :]
+    state_f = states + ((batch * held + held_at) * H + head0) * (N * P) + n[:, None] * P + p[None, :]
     state_b = state_f + state_stride
     for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), j)
@@ -170,20 +176,25 @@ class OutputConfig:
 
 def chunk_outputs(
     x: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor | None, Q: int, config: OutputConfig, precision: str,
+    states: Tensor | None, Q: int, config: OutputConfig, precision: str, start: int = 0,
 ) -> Tensor:  # fmt: skip
-    """y (B, L, H, P), contiguous; features B_f, C_f, B_b, C_b (B, L, G, N), unit last strides everywhere."""
+    """y (B, L, H, P), contiguous; features B_f, C_f, B_b, C_b (B, L, G, N), unit last strides everywhere.
+
+    B = 1: states may be of some chunks alone, from `start`; then y has the tokens of these.
+    """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = cdiv(L, Q)
     rows = min(config.rows, Q)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    held = chunks if states is None else states.shape[2]
+    y = torch.empty(batch, min(L - start * Q, held * Q), H, P, dtype=x.dtype, device=x.device)
     strides = [s for t in (x, *features) for s in t.stride()[:3]]
-    _output_kernel[(batch * chunks * (Q // rows) * (H // config.heads),)](
+    _output_kernel[(batch * held * (Q // rows) * (H // config.heads),)](
         x, *features, decays.sums, decays.sums if decays.steps is None else decays.steps,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
-        x if states is None else states, y, L, H, chunks, H // G, 0 if states is None else states.stride(0), *strides,
-        config.heads, HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
+        x if states is None else states, y, L, H, chunks, start, held, H // G,
+        0 if states is None else states.stride(0),
+        *strides, config.heads, HEADS=config.heads, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         SHIFTED=int(decays.shifted), HAS_STATES=states is not None, FOLDED=decays.steps is None,
         PACKED=config.packed, Q=Q, ROWS=rows, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .decay import Decays, Projection, Steps, chunk_decays
-from .feature_grads import StateSums, feature_grads
+from .feature_grads import feature_grads
 from .output import chunk_outputs
 from .plan import NARROW, Plan, plan
 from .sizes import cdiv
 from .states import StatesConfig, chunk_states, stretch_borders
-from .step_grads import step_grads
-from .value_grads import TileSums, value_grads
+from .step_grads import StepGrads, step_grads
+from .value_grads import value_grads
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of B_f, C_f, B_b, C_b, or their gradients
 LONGEST = 1 << 28  # heads are apart by offsets of 32 bits, of up to 8 a token
@@ -76,9 +77,7 @@ def quasiseparable_backward(
     grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
     features = B_f, C_f, B_b, C_b = _dealt((B_f, C_f, B_b, C_b), how)
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
-    if states is None:
-        states = _states(x, B_f, B_b, decays, ids, how)
-    elif states.shape[2] != cdiv(x.shape[1], how.chunk):
+    if states is not None and states.shape[2] != cdiv(x.shape[1], how.chunk):
         raise ValueError(
             f"saved states must be of chunks of {how.chunk} tokens, got {states.shape[2]} for {x.shape[1]} tokens"
         )
@@ -87,56 +86,71 @@ def quasiseparable_backward(
     if how.split > 1:
         new = partial(torch.empty, B_f.shape, dtype=torch.float32, device=x.device)
         parts = new(), new(), new(), new()
-    pair, found = how.pair and x.shape[1] <= how.chunk, decays.diagonal is not None and back is None
-    tiles = TileSums.empty(decays, pair, found)
-    sums = None if states is None else StateSums.empty(decays)
-    _each_part(dy, x, features, decays, ids, states, how, dx, parts, tiles, sums, back)
-    ddt_f, ddt_b, dA, dbias, ddiagonal = step_grads(
-        steps, ids, diagonal, tiles, sums, how.chunk, into.ddt_f, into.ddt_b, decays.shifted
-    )
+    of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
+    for rows in _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how):
+        _backward_of(
+            dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
+            None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
+            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]), x.shape[0],
+        )  # fmt: skip
+    dA, dbias = of_steps.summed(steps)
     if how.split > 1:
         for grad, part in zip(grads, parts, strict=True):
             grad.copy_(part.sum(2, keepdim=True))
     dB_f, dC_f, dB_b, dC_b = grads
-    return dx, ddt_f, ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, ddiagonal
+    return dx, of_steps.ddt_f, of_steps.ddt_b, dA, dbias, dB_f, dC_f, dB_b, dC_b, of_steps.ddiagonal
 
 
-def _each_part(
-    dy: Tensor, x: Tensor, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None, how: Plan,
-    dx: Tensor, dfeatures: Four, tiles: TileSums, sums: StateSums | None, back: tuple[Tensor, Tensor] | None,
+def _backward_of(
+    dy: Tensor, x: Tensor, steps: Steps, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None,
+    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None, batch: int,
 ) -> None:  # fmt: skip
-    """All that reads the adjoint states, for so many rows of the batch or stretches of a row as they are held for.
+    """Writes the gradients of these rows of the batch, of a row alone in parts: T, and S if not given, are of one.
 
-    Each part writes its own rows and reads those of no other: the parts change no bit.
+    A part writes its own tokens' gradients and reads no values or features of another's: parts change no bit, and
+    gradients may be where values and features are.
     """
     Q, precision = how.chunk, how.precision
-    for rows in _rows(x.shape[0], cdiv(x.shape[1], Q), how):
-        own = decays.of(rows)
-        x_, dy_, dx_, ids_ = x[rows], dy[rows], dx[rows], None if ids is None else ids[rows]
-        of_rows, dof_rows = _each(features, rows), _each(dfeatures, rows)
-        back_ = None if back is None else (back[0][rows], back[1])
-        tiles_ = tiles.of(rows)
-        if states is None or sums is None:
-            value_grads(
-                x_, dy_, of_rows, own, ids_, None, None, dx_, dof_rows, tiles_, Q, how.value_grads, precision, back_
-            )
-            continue
-        states_, sums_ = states[:, rows], sums.of(rows)
-        spans = _spans(x_.shape[0], states.shape[2], how)
-        config = how.states if len(spans) == 1 and dy_.shape == dy.shape else _of_part(dy_, len(spans[0]), how)
-        walk = of_rows[1], of_rows[3], dy_, own, ids_, Q, config, precision, True
-        borders = stretch_borders(*walk)
-        for some in spans:
+    spans = _spans(x.shape[0], cdiv(x.shape[1], Q), how)
+    config = how.states if len(spans) == 1 and x.shape[0] == batch else _of_part(x, len(spans[0]), how)
+    walk = features[1], features[3], dy, decays, ids, Q, config, precision, True
+    own_walk = features[0], features[2], x, decays, ids, Q, config, precision, False
+    several = cdiv(x.shape[1], Q) > 1
+    borders = stretch_borders(*walk) if several else None
+    own_borders = stretch_borders(*own_walk) if several and states is None else None
+    for some in spans:
+        adjoint = through = None  # what the part before had is free
+        if several:
+            own = chunk_states(*own_walk, own_borders, some) if states is None else states[:, :, some.start : some.stop]
             adjoint = chunk_states(*walk, borders, some)
             through = feature_grads(
-                x_, dy_, of_rows, own, ids_, states_[:, :, some.start : some.stop], adjoint, sums_, Q,
-                how.feature_grads, precision, some.start,
-            )  # fmt: skip
-            value_grads(
-                x_, dy_, of_rows, own, ids_, adjoint, through, dx_, dof_rows, tiles_, Q, how.value_grads, precision,
-                back_, some.start,
-            )  # fmt: skip
-            del adjoint, through  # their memory is the next part's
+                x, dy, features, decays, ids, own, adjoint, Q, how.feature_grads, precision, some.start
+            )
+            del own  # their memory is for what follows
+        tiles = value_grads(
+            x, dy, features, decays, ids, adjoint, through, dx, dfeatures, Q, how.pair, how.value_grads, precision,
+            back, some.start,
+        )  # fmt: skip
+        step_grads(steps, ids, tiles, through, Q, to, decays.shifted, some.start)
+        del tiles
+
+
+def outputs_in_parts(
+    x: Tensor, features: Sequence[Tensor], decays: Decays, ids: Tensor | None, how: Plan
+) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, y (1, tokens, H, P)) of x (1, L, H, P), in the parts that the states are held for."""
+    B_f, C_f, B_b, C_b = features
+    spans = _spans(1, cdiv(x.shape[1], how.chunk), how)
+    walk = B_f, B_b, x, decays, ids, how.chunk, _of_part(x, len(spans[0]), how), how.precision, False
+    borders = stretch_borders(*walk)
+    for some in spans:
+        states = chunk_states(*walk, borders, some)
+        y = chunk_outputs(
+            x, (B_f, C_f, B_b, C_b), decays, ids, states, how.chunk, how.output, how.precision, some.start
+        )
+        first = some.start * how.chunk
+        yield slice(first, first + y.shape[1]), y
+        del states, y
 
 
 def _rows(batch: int, chunks: int, how: Plan) -> list[slice]:

@@ -14,13 +14,15 @@ Raw steps: draw = ddt (d dt / d raw), dbias = sum draw, dA_log = A dA.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
-from .feature_grads import StateSums
+from .feature_grads import StateGrads
 from .sizes import cdiv, next_power_of_2
 from .value_grads import TileSums
 
@@ -64,7 +66,7 @@ def _direction(
     return tl.sum(grad, 1), tl.sum(step * da, 1)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
+@triton.jit(do_not_specialize=["L", "chunks", "start", "held", "A_stride"])
 def _step_grads_kernel(
     dt_f,
     dt_b,
@@ -84,6 +86,8 @@ def _step_grads_kernel(
     L,
     H,
     chunks,
+    start,
+    held,
     A_stride,
     low,
     high,
@@ -112,16 +116,17 @@ def _step_grads_kernel(
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (B chunks, H / BLOCK_H)."""
+    """Grid (B held, H / BLOCK_H), of the chunks `held` from `start`."""
     pid = tl.program_id(0).to(tl.int64)
-    batch, chunk = pid // chunks, pid % chunks
+    batch, held_at = pid // held, pid % held
+    chunk = start + held_at
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, Q)
     place = chunk * Q + i
     rate_f = load_rates(A, h, H, RAW)
     rate_b = load_rates(A + A_stride, h, H, RAW)
-    at = (batch * H + h)[:, None] * (chunks * Q) + place[None, :]
-    at_chunk = (batch * H + h) * chunks + chunk
+    at = (batch * H + h)[:, None] * (held * Q) + (held_at * Q + i)[None, :]
+    at_chunk = (batch * H + h) * held + held_at
     keep = (h < H)[:, None] & (place < L)[None, :]
     exists = keep
     offset = 0.0
@@ -151,7 +156,7 @@ def _step_grads_kernel(
     if RAW:
         dA_f *= rate_f
         dA_b *= rate_b
-    sums += pid * (3 * H) + h
+    sums += (batch * chunks + chunk) * (3 * H) + h
     tl.store(sums, dA_f, mask=h < H)
     tl.store(sums + H, dA_b, mask=h < H)
     tl.store(sums + 2 * H, raw_f + raw_b, mask=h < H)
@@ -161,34 +166,58 @@ def _step_grads_kernel(
         tl.store(to, d.to(ddiagonal.dtype.element_ty), mask=keep)
 
 
-def step_grads(
-    steps: Steps, ids: Tensor | None, diagonal: Tensor | None, tiles: TileSums, through: StateSums | None,
-    Q: int, ddt_f: Tensor | None = None, ddt_b: Tensor | None = None, shifted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """(ddt_f, ddt_b (B, L, H), dA, dbias, d diagonal (B, L, H)), each in its tensor's dtype, None where that is.
+@dataclass(frozen=True)
+class StepGrads:
+    """Where gradients of the steps go, and what those of A and the bias are sums of."""
 
-    ddt_f and ddt_b are written where given, in the dtype and with the strides that those have.
-    """
+    ddt_f: Tensor  # (B, L, H), any strides
+    ddt_b: Tensor
+    sums: Tensor  # (B, chunks, 3, H) float32
+    ddiagonal: Tensor | None  # (B, L, H)
+
+    @classmethod
+    def of(cls, steps: Steps, diagonal: Tensor | None, Q: int, ddt_f: Tensor | None, ddt_b: Tensor | None) -> StepGrads:
+        """New ones where they are not given."""
+        (batch, L, H), device = steps.dt_f.shape, steps.A.device
+        ddt_f, ddt_b, ddiagonal = (
+            torch.empty(t.shape, dtype=t.dtype, device=device) if t is not None and given is None else given
+            for t, given in ((steps.dt_f, ddt_f), (steps.dt_b, ddt_b), (diagonal, None))
+        )
+        assert ddt_f is not None
+        assert ddt_b is not None
+        return cls(ddt_f, ddt_b, torch.empty(batch, cdiv(L, Q), 3, H, dtype=torch.float32, device=device), ddiagonal)
+
+    def cut(self, rows: slice) -> StepGrads:
+        """Those of some rows of the batch."""
+        ddiagonal = None if self.ddiagonal is None else self.ddiagonal[rows]
+        return StepGrads(self.ddt_f[rows], self.ddt_b[rows], self.sums[rows], ddiagonal)
+
+    def summed(self, steps: Steps) -> tuple[Tensor, Tensor | None]:
+        """dA and dbias, in their tensors' dtypes."""
+        A, bias, sums = steps.A, steps.bias, self.sums.flatten(0, 1)
+        dA = sums[:, :2].sum((0, 1) if A.ndim == 1 else 0).to(A.dtype)
+        return dA, None if bias is None else sums[:, 2].sum(0).to(bias.dtype)
+
+
+def step_grads(
+    steps: Steps, ids: Tensor | None, tiles: TileSums, through: StateGrads | None, Q: int, to: StepGrads,
+    shifted: bool = True, start: int = 0,
+) -> None:  # fmt: skip
+    """Writes what the chunks from `start` that the sums are of give; B = 1 where these are not all."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
-    chunks = cdiv(L, Q)
+    held = tiles.rows.shape[2] // Q
     state_sums, products = (None, None) if through is None else (through.sums, through.products)
-    ddt_f = torch.empty(dt_f.shape, dtype=dt_f.dtype, device=dt_f.device) if ddt_f is None else ddt_f
-    ddt_b = torch.empty(dt_b.shape, dtype=dt_b.dtype, device=dt_b.device) if ddt_b is None else ddt_b
-    sums = torch.empty(batch * chunks, 3, H, dtype=torch.float32, device=A.device)
-    ddiagonal = None if diagonal is None else torch.empty(diagonal.shape, dtype=diagonal.dtype, device=A.device)
     block = min(next_power_of_2(H), BLOCK_HEADS)
-    _step_grads_kernel[batch * chunks, cdiv(H, block)](
+    _step_grads_kernel[batch * held, cdiv(H, block)](
         dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
         tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
         tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,
-        tiles.rows if products is None else products, ddt_f, ddt_b, sums, sums if ddiagonal is None else ddiagonal,
-        L, H, chunks, steps.A_stride, *steps.limits, 0 if state_sums is None else state_sums.stride(0),
-        0 if products is None else products.stride(0), *dt_f.stride(), *dt_b.stride(), *ddt_f.stride(),
-        *ddt_b.stride(), SHIFTED=shifted, RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
-        HAS_DIAGONAL=ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
-        MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
+        tiles.rows if products is None else products, to.ddt_f, to.ddt_b, to.sums,
+        to.sums if to.ddiagonal is None else to.ddiagonal, L, H, cdiv(L, Q), start, held, steps.A_stride,
+        *steps.limits, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
+        *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHIFTED=shifted, RAW=bias is not None,
+        HAS_IDS=ids is not None, PAIR=tiles.beside is not None, HAS_DIAGONAL=to.ddiagonal is not None,
+        HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block,
+        num_warps=4,
     )  # fmt: skip
-    dA = sums[:, :2].sum((0, 1) if A.ndim == 1 else 0).to(A.dtype)
-    dbias = None if bias is None else sums[:, 2].sum(0).to(bias.dtype)
-    return ddt_f, ddt_b, dA, dbias, ddiagonal

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_rests, load_steps, load_weights
+from .feature_grads import StateGrads
 from .sizes import cdiv, next_power_of_2
 
 
@@ -184,10 +185,11 @@ def _value_grads_kernel(
     decays += here * 4
     steps += here * 8
     diagonals += here
-    ddiagonals += here
-    row_sums += here * 2
-    other_sums += here
-    column_sums += here * 2
+    there = (first * held + held_at) * Q
+    ddiagonals += there
+    row_sums += there * 2
+    other_sums += there
+    column_sums += there * 2
     totals += (first * chunks + chunk) * 2
     adjoint += ((batch * held + held_at) * G + group) * (HEADS * N * P)
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
@@ -205,6 +207,7 @@ def _value_grads_kernel(
         projection += head0 * P + (a[:, None] * (H * P) + p[None, :])
     for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         at = h * (chunks * Q)
+        sums_at = h * (held * Q)
         row_f, row_b, column_f, column_b = load_decays(decays + at * 4, j)
         values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
         dys = tl.load(ys + h * stride_yh, mask=inside, other=0.0)
@@ -222,7 +225,7 @@ def _value_grads_kernel(
         dscores += weight * dmatrix
         K_f = tl.where(lower, K, 0.0)
         K_b = tl.where(upper, K, 0.0)
-        to = (at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        to = (sums_at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(row_sums + to, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
         column_sum_f = tl.sum(K_f, 1)
         column_sum_b = tl.sum(K_b, 1)
@@ -233,7 +236,7 @@ def _value_grads_kernel(
                     ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
                 else:  # more exact, and slower
                     ddiagonal = tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1)
-                tl.store(ddiagonals + at + j, ddiagonal)
+                tl.store(ddiagonals + sums_at + j, ddiagonal)
         else:
             matrix = tl.where(equal, 0.0, matrix)
         out = tl.dot(matrix.to(dtype), dys, input_precision=PRECISION)
@@ -255,7 +258,7 @@ def _value_grads_kernel(
                 weight *= tl.where(part == 0, dt_f, dt_b)[:, None]
             matrix, K = _entries(weight, across, dmatrix, PACKED)
             dacross += weight * dmatrix
-            tl.store(other_sums + at + o, tl.sum(K, 0))
+            tl.store(other_sums + sums_at + o, tl.sum(K, 0))
             more = tl.sum(K, 1)
             column_sum_f += tl.where(part == 0, more, 0.0)
             column_sum_b += tl.where(part == 0, 0.0, more)
@@ -363,41 +366,39 @@ class ValueGradsConfig:
 
 @dataclass(frozen=True)
 class TileSums:
-    """What dt, A and the diagonal need of the tiles, float32."""
+    """What dt, A and the diagonal need of the tiles, float32, of L' tokens."""
 
     rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
     beside: Tensor | None  # (B, H, L') in a pair's blocks beside it: causal in the second tile, anticausal in the first
     columns: Tensor  # (B, H, L', 2) column sums of K
     diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
 
-    @classmethod
-    def empty(cls, decays: Decays, pair: bool, diagonal: bool) -> TileSums:
-        new, shape = decays.sums.new_empty, decays.sums.shape[:3]
-        return cls(new(*shape, 2), new(shape) if pair else None, new(*shape, 2), new(shape) if diagonal else None)
-
-    def of(self, rows: slice) -> TileSums:
-        beside, diagonal = (None if t is None else t[rows] for t in (self.beside, self.diagonal))
-        return TileSums(self.rows[rows], beside, self.columns[rows], diagonal)
-
 
 def value_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    adjoint: Tensor | None, through: Tensor | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
-    sums: TileSums, Q: int, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
+    adjoint: Tensor | None, through: StateGrads | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
+    Q: int, pair: bool, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
     start: int = 0,
-) -> None:  # fmt: skip
-    """Writes the sums, dx and the gradients of the four features, whose strides are alike: all may be where x, B and C
-    are. Of the chunks from `start` that the adjoint states are of, or of all.
+) -> TileSums:  # fmt: skip
+    """Writes dx and the gradients of the four features, whose strides are alike: they may be where x, B and C are.
 
+    Of the chunks from `start` that the adjoint states are of, where these are not of all; then B = 1.
     back: (its gradient (B, L, H), W (H, H P)), both contiguous, where the diagonal is W x: dx gets gradient W as well.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = cdiv(L, Q)
     held = chunks if adjoint is None else adjoint.shape[2]
-    pair = sums.beside is not None
-    beside = decays.sums.new_empty(2, batch, G, Q, N) if pair else sums.rows
-    parts = sums.rows if through is None else through
+    pair = pair and chunks == 1
+    new = decays.sums.new_empty
+    sums = TileSums(
+        new(batch, H, held * Q, 2),
+        new(batch, H, Q) if pair else None,
+        new(batch, H, held * Q, 2),
+        None if decays.diagonal is None or back is not None else new(batch, H, held * Q),
+    )
+    beside = new(2, batch, G, Q, N) if pair else sums.rows
+    parts = sums.rows if through is None else through.through
     strides = [s for t in (x, dy, *features, dx, dfeatures[0]) for s in t.stride()[:3]]
     _value_grads_kernel[(batch * held * G * (1 + pair),)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
@@ -417,3 +418,4 @@ def value_grads(
             SHIFTED=int(decays.shifted), ROWS=Q // 2, N=N,
             num_warps=4,
         )  # fmt: skip
+    return sums
