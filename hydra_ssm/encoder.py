@@ -204,6 +204,8 @@ class Encoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if isinstance(mixers, (str, Mapping)):
+            raise TypeError(f"mixers must be a list with one for each layer, got {mixers!r}: [{mixers!r}] is one layer")
         if not mixers:
             raise ValueError("an encoder needs at least one mixer, got none")
         if unknown := options.keys() - OPTIONS:

@@ -59,6 +59,8 @@ def test_checkpointing_changes_memory_and_no_gradient():
 def test_misfits_are_named():
     with pytest.raises(ValueError, match=r"a mixer must be one of hydra, attention, dense, .*got 'mamba'"):
         Encoder(16, ["mamba"])
+    with pytest.raises(TypeError, match=r"mixers must be a list .*got 'hydra': \['hydra'\] is one layer"):
+        Encoder(16, "hydra")
     with pytest.raises(ValueError, match="at least one mixer"):
         Encoder(16, [])
     with pytest.raises(ValueError, match="norm must be 'post' or 'pre', got 'sandwich'"):

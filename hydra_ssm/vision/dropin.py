@@ -140,17 +140,19 @@ def matched(mixer: MixerSpec, dim: int, options: Mapping[str, Any], mlp_ratio: f
     attention = 4 * dim * dim + 4 * dim
     block = attention + 2 * int(mlp_ratio * dim) * dim + int(mlp_ratio * dim) + dim
     best: tuple[int, dict[str, Any]] | None = None
+    reason: ValueError | None = None
     for heads in range(1, 4 * dim // options["headdim"] + 1):
         own = {**options, "expand": expand_to(heads * options["headdim"], dim)}
         try:
             found = parameters(mixer, dim, own)
-        except ValueError:  # a class may ask for an even number of heads
+        except ValueError as error:  # a class may ask for an even number of heads
+            reason = error
             continue
         if best is not None and abs(found - attention) > abs(best[0] - attention):
             break
         best = found, own
     if best is None:
-        raise ValueError(f"{mixer!r} cannot be made at a width of {dim} with {dict(options)}")
+        raise ValueError(f"{mixer!r} cannot be made at a width of {dim} with {dict(options)}: {reason}") from reason
     hidden = (block - best[0] - dim) / (2 * dim + 1)
     return best[1], max(MLP_STEP, MLP_STEP * round(hidden / MLP_STEP))
 

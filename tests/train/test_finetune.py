@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,8 @@ MISTAKES = {
     "model good.csv --out foreign": "foreign must be new or empty, it holds thesis.tex: choose another --out",
     "model good.csv --learning-rate 1e38 --epochs 2": "the training has diverged by step 2, its weights are no longer",
     "model good.csv --learning-rate 1e30 --epochs 30": "the training has diverged by step .* choose a --learning-rate",
-    "nowhere good.csv": "nowhere must hold the model's tokenizer: no tokenizer at nowhere",
+    "nowhere good.csv": "nowhere must be a folder with a model, as pretrain or save_pretrained write it, it is none",
+    "cut good.csv": "cut holds no model that can be read: ",
     "foreign good.csv": "foreign must hold the model's tokenizer: ",
 }
 
@@ -263,6 +265,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     Path("foreign").mkdir()
     Path("foreign", "thesis.tex").touch()
     Path("model").symlink_to(model)
+    shutil.copytree(model, "cut", ignore=shutil.ignore_patterns("training"))
+    Path("cut", "model.safetensors").write_bytes(Path(model, "model.safetensors").read_bytes()[:-1])
     Path("runs").mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert main(["finetune", *command.split()]) == 2

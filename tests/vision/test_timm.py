@@ -294,6 +294,11 @@ def test_learned_positions_are_interpolated_as_timm_does():
     torch.testing.assert_close(model.pos_embed, table)
 
 
+def test_a_mixer_that_there_is_not_is_told_beside_those_that_there_are():
+    with pytest.raises(ValueError, match=r"'foo' cannot be made .*: a mixer must be one of hydra, attention, dense, "):
+        small("vit_hydra_dropin_tiny_patch4_32", mixer="foo")
+
+
 @both
 def test_fixed_mixers_take_one_size_and_say_so(name):
     spec = {"matrix": "toeplitz", "data_dependent": False}

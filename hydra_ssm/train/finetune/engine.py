@@ -29,6 +29,7 @@ from transformers import (
 from ... import text as _registers  # noqa: F401 - Hydra, with the Auto classes
 from ...encoder import undecayed
 from ...text.collators import IGNORED
+from ...text.inference import UNREADABLE
 from ...text.messages import quiet
 from ...text.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -155,7 +156,7 @@ def load_model(folder: str | Path, head: str, seed: int, **changes: Any) -> PreT
             found: Any = HEADS[head].from_pretrained(
                 str(folder), config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{folder} holds no model that can be read: {str(error).splitlines()[0]}") from error
     model, report = found
     inner = f"{model.base_model_prefix}."
@@ -168,6 +169,8 @@ def load_model(folder: str | Path, head: str, seed: int, **changes: Any) -> PreT
 
 def load_words(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder. Raises UserError."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} must be a folder with a model, as pretrain or save_pretrained write it, it is none")
     try:
         with quiet():
             return load_tokenizer(folder)
