@@ -122,7 +122,8 @@ def check_known(tokens: NDArray[np.integer] | TokenSequence, tokenizer: PreTrain
     if unknown > MOST_UNKNOWN * words or not words:
         raise UserError(
             f"the tokenizer must know the text, it finds {words:,} words or parts of words in it and has a token for "
-            f"{words - unknown:,} of them: leave out --tokenizer to train one"
+            f"{words - unknown:,} of them: leave out --tokenizer to train one, and put spaces into words of more "
+            "than 100 letters, as sequences of DNA or proteins are (docs/data.md)"
         )
     if unknown > SOME_UNKNOWN * words:
         warnings.warn(f"the tokenizer does not know {unknown / words:.0%} of the text's words", stacklevel=2)

@@ -608,6 +608,23 @@ def test_without_a_tokenizer_one_is_trained_on_the_text(here: Path) -> None:
     assert json.loads(Path("one", MANIFEST).read_text(encoding="utf-8"))["tokenizer"]["vocabulary"] <= 120
 
 
+def test_words_without_end_are_refused_with_the_way_out_that_the_page_shows(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, page = random.Random(0), Path(__file__).parents[2] / "docs" / "data.md"
+    dna = ["".join(draw.choices("ACGTacgtN", k=500)) for _ in range(20)]
+    Path("dna.txt").write_text("\n".join(dna), encoding="utf-8")
+    line = ["data", "prepare", "dna.txt", "--documents", "line", "--jobs", "1", "--out", "new", "--held-out", "0"]
+    assert main(line) == 2
+    assert "put spaces into words of more than 100 letters" in capsys.readouterr().err
+    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert main([*line, "--tokenizer", "letters", "--overwrite"]) == 0
+    letters = load_tokenizer("letters")
+    pieces_found = [letters.decode(piece, skip_special_tokens=True).replace(" ", "") for piece in found(Path("new"))]
+    assert sorted(pieces_found) == sorted(text.lower() for text in dna)
+
+
 MISTAKES = {
     "data prepare nowhere.txt --out new": "there is no file or folder nowhere.txt",
     "data prepare a.jsonl": "Missing from hydra-ssm data prepare: --out",
