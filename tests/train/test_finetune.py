@@ -279,6 +279,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("kind", ["reviews", "words"])
+def test_rows_that_are_cut_are_counted_and_said(kind: str, model: Path, tmp_path: Path) -> None:
+    """A classifier of documents that reads only their first words should not come as a surprise."""
+    examples = reviews(19) if kind == "reviews" else tagged(19)
+    data = tmp_path / "rows.jsonl"
+    examples.append({name: value if name == "verdict" else 20 * value for name, value in examples[0].items()})
+    data.write_text("".join(json.dumps(row) + "\n" for row in examples), encoding="utf-8")
+    told: dict[int, str] = {}
+    for length in (40, 4000):
+        said: list[str] = []
+        finetune(
+            model, data, tmp_path / str(length), held_out=data, say=said.append, **{**QUICK, "epochs": 1},
+            length=length,
+        )  # fmt: skip
+        told[length] = "\n".join(said)
+    assert "1 of 20 rows to train on are cut at 40 tokens: --length takes more" in told[40]
+    assert "cut at" not in told[4000]
+
+
 def test_a_folder_of_another_size_is_no_model(model: Path, tmp_path: Path) -> None:
     """Weights that are not those of the configuration are never drawn at random."""
     for file in model.iterdir():
@@ -300,6 +319,8 @@ def test_models_of_others_are_fine_tuned_too(model: Path, tmp_path: Path) -> Non
     bert.save_pretrained(tmp_path / "bert")
     words.save_pretrained(tmp_path / "bert")
     data = write_csv(tmp_path / "reviews.csv", reviews())
-    report = finetune(tmp_path / "bert", data, tmp_path / "out", say=len, **QUICK)  # rows are cut at 9 tokens
+    said: list[str] = []
+    report = finetune(tmp_path / "bert", data, tmp_path / "out", say=said.append, **QUICK)  # rows are cut at 9 tokens
+    assert "72 of 72 rows to train on are cut at 9 tokens, the most that the model reads" in said
     assert report["metrics"]["accuracy"] == 1
     assert pipeline("text-classification", model=str(tmp_path / "out"))("the cat sees a tree")[0]["label"] == "good"

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -61,7 +62,12 @@ class Recipe:
 
 
 class Encoded(Dataset):
-    """Examples as token numbers, labels beside them; shorter rows need less memory than they would padded."""
+    """Examples as token numbers, labels beside them; shorter rows need less memory than they would padded.
+
+    cut: how many examples had more tokens than `length`.
+    """
+
+    cut = 0
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, examples: Examples, length: int) -> None:
         self.labels, self.ids, self.types = examples.labels, [], []
@@ -73,6 +79,10 @@ class Encoded(Dataset):
             )
             self.ids += [np.array(row, np.int32) for row in found["input_ids"]]
             self.types += [np.array(row, np.int8) for row in found["token_type_ids"]]
+            self._count_cut(found)
+
+    def _count_cut(self, found: BatchEncoding) -> None:
+        self.cut += sum(bool(encoding.overflowing) for encoding in found.encodings or ())
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -58,7 +58,11 @@ class Tuning:
     def run(self, rows: Rows, kept: Rows, folder: Path, say: Say) -> dict[str, Any]:
         """Train, score, save: metrics of the held-out rows, and of an answer that knows no text."""
         work = folder / "work"
-        trainer = make_trainer(self.net, self.tokenizer, self.encode(rows), self.recipe, work, [Talk(say)])
+        encoded = self.encode(rows)
+        if encoded.cut:
+            way = ": --length takes more" if self.length == self.recipe.length else ", the most that the model reads"
+            say(f"{encoded.cut:,} of {len(rows):,} rows to train on are cut at {self.length:,} tokens{way}")
+        trainer = make_trainer(self.net, self.tokenizer, encoded, self.recipe, work, [Talk(say)])
         try:
             with quiet():
                 trainer.fit()
@@ -144,6 +148,7 @@ class Tagged(Encoded):
             found = tokenizer(
                 words, is_split_into_words=True, truncation=True, max_length=length, return_token_type_ids=True
             )
+            self._count_cut(found)
             places = found.word_ids()
             firsts = [place is not None and place not in places[:i] for i, place in enumerate(places)]
             labels = [numbers[tags[p]] if new else IGNORED for p, new in zip(places, firsts, strict=True)]
