@@ -33,7 +33,7 @@ from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, feature_grads
 from hydra_ssm.ops.triton.norm import norm_backward, norm_forward
 from hydra_ssm.ops.triton.output import OutputConfig, chunk_outputs
 from hydra_ssm.ops.triton.states import StatesConfig, chunk_states
-from hydra_ssm.ops.triton.step_grads import step_grads
+from hydra_ssm.ops.triton.step_grads import StepGrads, step_grads
 from hydra_ssm.ops.triton.value_grads import ValueGradsConfig, value_grads
 
 HEADS, WIDTH, STATE = 24, 64, 64
@@ -142,6 +142,7 @@ class Problem:
         if kernel in ("value", "steps"):
             through = feature(FeatureGradsConfig())
             tiles = value(through, ValueGradsConfig()) if kernel == "steps" else None
+            of_steps = StepGrads.of(self.steps, None, Q, None, None)
         return {
             "decays": lambda: chunk_decays(self.steps, None, self.diagonal, Q, True),
             "states": lambda: chunk_states(B_f, B_b, x, decays, None, Q, how, "ieee", False),
@@ -149,7 +150,7 @@ class Problem:
             "output": lambda: chunk_outputs(x, features, decays, None, S, Q, how, "ieee"),
             "feature": lambda: feature(how),
             "value": lambda: value(through, how),
-            "steps": lambda: step_grads(self.steps, None, self.diagonal, tiles, through, Q),
+            "steps": lambda: step_grads(self.steps, None, tiles, through, Q, of_steps),
         }[kernel]
 
 

@@ -87,11 +87,14 @@ def quasiseparable_backward(
         new = partial(torch.empty, B_f.shape, dtype=torch.float32, device=x.device)
         parts = new(), new(), new(), new()
     of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
-    for rows in _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how):
+    pieces = _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how)
+    if len(pieces) == 1:
+        _backward_of(dy, x, steps, features, decays, ids, states, how, dx, parts, of_steps, back, True)
+    for rows in pieces if len(pieces) > 1 else ():
         _backward_of(
             dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
             None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
-            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]), x.shape[0],
+            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]), False,
         )  # fmt: skip
     dA, dbias = of_steps.summed(steps)
     if how.split > 1:
@@ -103,16 +106,17 @@ def quasiseparable_backward(
 
 def _backward_of(
     dy: Tensor, x: Tensor, steps: Steps, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None,
-    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None, batch: int,
+    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None, whole: bool,
 ) -> None:  # fmt: skip
-    """Writes the gradients of these rows of the batch, of a row alone in parts: T, and S if not given, are of one.
+    """Writes the gradients of these rows of the batch (whole: of all), of a row alone in parts: T, and S if not given,
+    are there for one of them.
 
     A part writes its own tokens' gradients and reads no values or features of another's: parts change no bit, and
     gradients may be where values and features are.
     """
     Q, precision = how.chunk, how.precision
     spans = _spans(x.shape[0], cdiv(x.shape[1], Q), how)
-    config = how.states if len(spans) == 1 and x.shape[0] == batch else _of_part(x, len(spans[0]), how)
+    config = how.states if len(spans) == 1 and whole else _of_part(x, len(spans[0]), how)
     walk = features[1], features[3], dy, decays, ids, Q, config, precision, True
     own_walk = features[0], features[2], x, decays, ids, Q, config, precision, False
     several = cdiv(x.shape[1], Q) > 1
@@ -202,4 +206,4 @@ def _states(x: Tensor, B_f: Tensor, B_b: Tensor, decays: Decays, ids: Tensor | N
     if cdiv(x.shape[1], how.chunk) == 1:
         return None
     walk = B_f, B_b, x, decays, ids, how.chunk, how.states, how.precision, False
-    return chunk_states(*walk, stretch_borders(*walk))
+    return chunk_states(*walk)

@@ -379,14 +379,16 @@ def stretch_borders(
 
 def chunk_states(
     u_f: Tensor, u_b: Tensor, v: Tensor, decays: Decays, ids: Tensor | None, Q: int, config: StatesConfig,
-    precision: str, adjoint: bool, borders: Tensor | None, some: range | None = None,
+    precision: str, adjoint: bool, borders: Tensor | None = None, some: range | None = None,
 ) -> Tensor:  # fmt: skip
     """The states (2, B, chunks, H, N, P) in the dtype of v that enter each chunk, in each direction's reading order.
 
     u (B, L, G, N) features and v (B, L, H, P) values with unit last strides; the adjoint of shifted rows reads u one
-    row off. borders: what `stretch_borders` found. some: the chunks whose states are wanted, from the first of a
-    stretch to the last of one; None: all.
+    row off. borders: what `stretch_borders` finds, if it is known. some: the chunks whose states are wanted, from the
+    first of a stretch to the last of one; None: all.
     """
+    if borders is None:
+        borders = stretch_borders(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
     batch, L, H, P = v.shape
     some = range(cdiv(L, Q)) if some is None else some
     inputs, sizes, strides, options = _launch(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
