@@ -69,7 +69,7 @@ def compare(
         data: A folder that `hydra-ssm compare prepare` wrote.
         out: The folder of the comparison.
         limit: Stop after so many seconds, and some more to save, to go on later.
-        jobs: Runs of GLUE at once, of each of the two models.
+        jobs: Runs of GLUE at once, of each of the two models, spread over the GPUs. Other runs: one on each GPU.
     """
     for package in ("accelerate", "scipy", "sklearn"):
         require(package, extra="train")

@@ -176,7 +176,7 @@ def image_compare(
     rows: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...")] = (0, 1, 2),
     epochs: Annotated[int | None, _usual("N", "30")] = None,
-    jobs: Annotated[int | None, _usual("N", "3 on a GPU, else 1")] = None,
+    jobs: Annotated[int | None, _usual("N", "3 on each GPU, else 1")] = None,
     limit: Annotated[float | None, _usual("SECONDS", "none")] = None,
     budget: Annotated[float | None, _usual("SECONDS", "none")] = None,
 ) -> None:
@@ -196,7 +196,7 @@ def image_compare(
         rows: vit, hydra_vit, hydra_dropin, low_rank, toeplitz, add.
         seeds: Of the runs that count.
         epochs: Of the runs that count.
-        jobs: Runs at once.
+        jobs: Runs at once, spread over the GPUs.
         limit: Stop after so many seconds, and some more to save, to go on later.
         budget: Before the first run lower the epochs, for all rows alike, until tuning and runs take no more seconds of
             the device, by the measured times of a step.

@@ -140,7 +140,7 @@ def ablate(
     unmatched: bool = False,
     rows: Annotated[tuple[str, ...], arg(metavar="NAME ...", help_behavior_hint="(default: all)")] = (),
     seeds: Annotated[tuple[int, ...], arg(metavar="N ...", help_behavior_hint="(default: 0 1 2, small 0 1)")] = (),
-    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1, on a CPU its cores)")] = None,
+    jobs: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: GPUs, or cores)")] = None,
     limit: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None,
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/ablation-SIZE)")] = None,
     settings: Annotated[AblationSettings, arg(name="")] = AblationSettings(),
@@ -165,7 +165,7 @@ def ablate(
         unmatched: The released comparison's sizes: neither states nor parameters are equal.
         rows: Names of rows (attention, dense-fixed, ...), or table2, table3, table10.
         seeds: Of the weights, the order of the rows and the masks.
-        jobs: Runs at once.
+        jobs: Runs at once, spread over the GPUs.
         limit: Stop after so many seconds, and some more to save, to go on later. 0 prepares the data alone.
         out: The folder of the runs and of what they found.
     """

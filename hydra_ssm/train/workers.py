@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .errors import UserError
 
 Say = Callable[[str], None]
+Key = TypeVar("Key")
 Result = TypeVar("Result")
+MOST_JOBS = 8  # on a CPU, where nobody says how many
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _until: Until  # of this process, where it works for another
 
 
@@ -71,7 +74,80 @@ def until() -> Until:
     return _until
 
 
-def result(future: Future[Result], name: object) -> Result:
+def together(
+    todo: Sequence[Key],
+    work: Callable[[Key], Result],
+    jobs: int,
+    deadline: float,
+    tell: Callable[[Key, Result], None],
+    waits_for: Callable[[Key], Key | None] = lambda key: None,
+) -> int | None:
+    """Does all of that in processes of their own, so many at once, spread over the GPUs, and tells what each has found.
+
+    `work` asks `until` when to stop. Returns the number of the signal that stopped them, if any.
+
+    Raises:
+        UserError: a process has died. After that and any other error the others keep what they have.
+    """
+    context = multiprocessing.get_context("spawn")
+    asked = context.Event()
+    with stopping(asked) as received, ExitStack() as stack:
+        free = _processes(jobs, context, Until(asked, deadline), stack)
+        waiting = list(todo)
+        running: dict[Future[Result], tuple[Key, ProcessPoolExecutor]] = {}
+        try:
+            while waiting or running:
+                under_way = [*waiting, *(key for key, _ in running.values())]
+                ready = [key for key in waiting if waits_for(key) not in under_way]
+                for key in ready[: len(free)]:
+                    waiting.remove(key)
+                    pool = free.pop(0)
+                    running[pool.submit(work, key)] = key, pool
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    key, pool = running.pop(future)
+                    tell(key, _result(future, key))
+                    free.append(pool)
+        except BaseException:
+            asked.set()
+            raise
+        return received[0] if received else None
+
+
+def gpus() -> list[str]:
+    """The names of those that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    named, count = os.environ.get(VISIBLE, ""), torch.cuda.device_count()
+    names = [name.strip() for name in named.split(",") if name.strip()] or [str(i) for i in range(count)]
+    return names[:count]
+
+
+def usual_jobs() -> int:
+    """One for each GPU, and on a CPU as many as it has cores, but 8 at most."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else min(MOST_JOBS, torch.get_num_threads())
+
+
+def at_once(jobs: int) -> int:
+    """How many of so many runs beside each other share a device."""
+    return -(-jobs // max(1, len(gpus())))
+
+
+def _processes(jobs: int, context: Any, until: Until, stack: ExitStack) -> list[ProcessPoolExecutor]:
+    """Pools of one process each, that see one GPU each. It must not be told later: importing may use CUDA."""
+    before, own = os.environ.get(VISIBLE), gpus()
+    pools = [stack.enter_context(ProcessPoolExecutor(1, context, begin, (until, jobs))) for _ in range(jobs)]
+    try:
+        for place, pool in enumerate(pools):
+            if own:
+                os.environ[VISIBLE] = own[place % len(own)]
+            pool.submit(int)  # starts the process
+    finally:
+        if before is not None:
+            os.environ[VISIBLE] = before
+        else:
+            os.environ.pop(VISIBLE, None)
+    return pools
+
+
+def _result(future: Future[Result], name: object) -> Result:
     """What a process has found. Raises UserError where it has died."""
     try:
         return future.result()

@@ -18,8 +18,9 @@ from hydra_ssm.cli import main
 from hydra_ssm.text import HydraForMaskedLM, preset
 from hydra_ssm.text.collators import IGNORED, MaskedLMCollator
 from hydra_ssm.text.tokenizer import train_tokenizer
+from hydra_ssm.train import workers
 from hydra_ssm.train.batches import Batch, Batches
-from hydra_ssm.train.comparison import Plan, compare, prepare
+from hydra_ssm.train.comparison import Plan, command, compare, prepare
 from hydra_ssm.train.comparison.command import best_rates
 from hydra_ssm.train.comparison.data import Data, plainly
 from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
@@ -376,6 +377,24 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
         assert run["training"] == other["training"]
     _check_parts(again, killed)
     _check_figures(again, tmp_path)
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_several_gpus_have_a_run_each_and_find_what_one_finds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 128, "seeds": (0, 1)}
+    stages = ("tokens", "seeds")
+    one = compare(folder, tmp_path / "one", say=lambda _: None, stages=stages, **settings)
+    asked: list[int] = []
+    monkeypatch.setattr(command, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(command, "together", lambda *given: asked.append(given[2]) or workers.together(*given))
+    monkeypatch.setattr(command, "train", None)  # nothing here
+    two = compare(folder, tmp_path / "two", say=lambda _: None, stages=stages, **settings)
+    assert asked == [2, 2, 2]  # rates, both models, both models of another seed
+    assert two["unfinished"] == []
+    for a, b in zip(one["runs"], two["runs"], strict=True):
+        assert (a["name"], a["training"], a["losses"]) == (b["name"], b["training"], b["losses"])
 
 
 def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from small_glue import write, write_glue, write_model
 from small_text import NOUNS
 
 from hydra_ssm.cli import main
+from hydra_ssm.train import workers
 from hydra_ssm.train.errors import UserError
-from hydra_ssm.train.finetune import engine, glue, jobs, metrics
+from hydra_ssm.train.finetune import engine, glue, metrics
 from hydra_ssm.train.finetune.data import Examples, find, read_tsv
 from hydra_ssm.train.finetune.run import Key, Plan, train
 from hydra_ssm.train.finetune.tasks import TASKS, choose
@@ -350,19 +351,26 @@ def test_a_diverged_run_is_a_result(model: Path, data: Path, tmp_path: Path) -> 
     json.loads((tmp_path / "o" / "glue.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
-def test_jobs_are_spread_over_the_gpus_that_may_be_used() -> None:
-    assert jobs.visible("3,5", lambda: 8) == ["3", "5"]
-    assert jobs.visible("GPU-a", lambda: 1) == ["GPU-a"]
-    assert jobs.visible("", lambda: 8) == []
-    assert jobs.visible(None, lambda: 2) == ["0", "1"]
+def test_jobs_are_spread_over_the_gpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpus(named: str | None, count: int) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if named is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        return workers.gpus()
+
+    assert gpus(None, 2) == ["0", "1"]
+    assert gpus("GPU-a", 1) == ["GPU-a"]
+    assert gpus("", 0) == gpus("3,5", 0) == []  # none, or none that works
+    assert gpus("7,9", 2) == ["7", "9"]
+    assert [workers.at_once(jobs) for jobs in (1, 2, 3, 6)] == [1, 1, 2, 3]
     context = multiprocessing.get_context("spawn")
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "7,9")
-        patch.setattr(jobs, "begin", operator.is_)  # quick: imports nothing of ours
-        pools = jobs._processes(2, context, None, stack)
+    monkeypatch.setattr(workers, "begin", operator.is_)  # quick: imports nothing of ours
+    with ExitStack() as stack:
+        pools = workers._processes(3, context, None, stack)
         seen = [pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() for pool in pools]
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,9"
-    assert seen == ["7", "9"]
+    assert seen == ["7", "9", "7"]
 
 
 class AfterSteps:

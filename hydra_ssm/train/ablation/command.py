@@ -10,13 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...text.messages import quiet
 from ..errors import Interrupted, UserError
 from ..plans import NAME, alone, check_plan, read_plan, write_plan
 from ..records import write_report
-from ..workers import Say, speak
+from ..workers import Say, speak, usual_jobs
 from . import data as store
 from .jobs import run_all
 from .models import GROUPS, choose, config
@@ -27,7 +25,6 @@ from .run import DATA, RUNS, Key, read
 REPORT = "ablation"  # begins the names of its files
 USUAL = "medium"  # size
 IN_TABLES = {row for rows in GROUPS.values() for row in rows}
-MOST_JOBS = 8  # on a CPU, where nobody says how many
 
 
 def ablate(
@@ -56,7 +53,8 @@ def ablate(
         size: small, medium or paper; None for what is in `out`, else medium.
         rows: names of rows or of the paper's tables (table2, table3, table10); none for all.
         seeds: none for 0 and 1 if small, else 0, 1 and 2.
-        jobs: runs at once; None for one on a GPU, and on a CPU as many as it has cores, but 8 at most.
+        jobs: runs at once, spread over the GPUs; None for one on each, and on a CPU as many as it has cores, but 8 at
+            most.
         limit: seconds after which the runs stop, to be gone on with by the same call. 0 prepares the data alone.
         settings: fields of `Plan`.
 
@@ -76,7 +74,7 @@ def ablate(
         keys = [Key(row, seed) for seed in dict.fromkeys(seeds or _usual_seeds(plan)) for row in chosen]
         keys.sort(key=lambda key: key.row not in IN_TABLES)  # stable: whatever stops them, first those of the paper
         deadline = float("inf") if limit is None else started + limit
-        received = run_all(folder, keys, jobs or _usual_jobs(), deadline, say)
+        received = run_all(folder, keys, jobs or usual_jobs(), deadline, say)
         keys = list(dict.fromkeys([*keys, *_kept(folder)]))
         report = collect(folder, keys, _command(plan, keys))
         say(table(report))
@@ -122,10 +120,6 @@ def _plan(
         f"{facts['held_out_rows']:,} held out, {facts['vocabulary']:,} different tokens"
     )
     return plan
-
-
-def _usual_jobs() -> int:
-    return 1 if torch.cuda.is_available() else min(MOST_JOBS, torch.get_num_threads())
 
 
 def _kept(folder: Path) -> list[Key]:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError
 from ..records import Record
-from ..workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
+from ..workers import Event, Say, Until, at_once, one_thread, speak, stopping, together, until
 from .run import Key, finished, train
 
 
 def run_all(out: Path, keys: Sequence[Key], jobs: int, deadline: float, say: Say) -> int | None:
     """Go on with the runs, those that have begun first. Returns the number of the signal that stopped them, if any.
 
-    On a CPU each run has one thread, so that its result does not depend on how many there are at once.
+    Of several at once each has one of the GPUs in turn. On a CPU each run has one thread, so that its result does not
+    depend on how many there are at once.
 
     Raises:
         UserError: a run that has not the memory that it needs, or a full disk; the others are saved.
@@ -35,18 +35,7 @@ def run_all(out: Path, keys: Sequence[Key], jobs: int, deadline: float, say: Say
             for key in todo if jobs else ():
                 done.tell(key, _train(out, key, Until(asked, deadline), 1, say))
             return received[0] if received else None
-    context = multiprocessing.get_context("spawn")
-    asked = context.Event()
-    with stopping(asked) as received:
-        with ProcessPoolExecutor(jobs, context, begin, (Until(asked, deadline), jobs)) as pool:
-            futures = {pool.submit(_work, out, key, jobs): key for key in todo}
-            try:
-                for future in as_completed(futures):
-                    done.tell(futures[future], result(future, futures[future]))
-            except BaseException:
-                asked.set()  # the others save what they have
-                raise
-        return received[0] if received else None
+    return together(todo, partial(_work, out, at_once(jobs)), jobs, deadline, done.tell)
 
 
 class Progress:
@@ -76,5 +65,5 @@ def _train(out: Path, key: Key, until: Until, at_once: int, say: Say) -> Record 
         ) from error
 
 
-def _work(out: Path, key: Key, jobs: int) -> Record | None:
-    return _train(out, key, until(), jobs, speak)
+def _work(out: Path, beside: int, key: Key) -> Record | None:
+    return _train(out, key, until(), beside, speak)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..loop import own_device
 from ..plans import NAME, alone, check_plan, read_plan, write_plan
 from ..records import Record, write_report
 from ..trainee import How
-from ..workers import Event, Say, Until, speak, stopping
+from ..workers import Event, Say, Until, gpus, speak, stopping, together, until
 from .data import Data, check_whole
 from .plan import MODELS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
 from .report import Report, best_rate, collect, draw_curves, draw_lengths, table
@@ -50,7 +50,7 @@ def compare(
         out: a folder that is new or holds a comparison; data/ in it does not disturb.
         limit: seconds after which all stops, to be gone on with by the same call.
         stages: which parts, in their order, after the learning rates: tokens, tasks, lengths, seconds, seeds.
-        jobs: GLUE runs of each model at once.
+        jobs: GLUE runs of each model at once, spread over the GPUs; of other runs each GPU has one at a time.
         graph, compile: on a GPU, replay a CUDA graph of a step, and compile the layers.
         settings: fields of `Plan`, for a comparison that begins.
 
@@ -68,15 +68,15 @@ def compare(
         plan = _plan(folder, settings)
         check_whole(Path(data))
         asked: Event = threading.Event()
-        until = Until(asked, float("inf") if limit is None else started + limit)
-        comparison = Comparison(folder, plan, Data(Path(data)), until, How(graph, compile), jobs, say)
+        end = Until(asked, float("inf") if limit is None else started + limit)
+        comparison = Comparison(folder, plan, Data(Path(data)), end, How(graph, compile), jobs, say)
         with stopping(asked) as received:
             comparison.go_on(stages)
         report = collect(folder, plan, comparison.data, comparison.left)
         say(table(report))
         _write(report, folder, say)
-    if received:
-        raise Interrupted(received[0], folder)
+    if number := comparison.signal or (received[0] if received else None):
+        raise Interrupted(number, folder)
     return report
 
 
@@ -87,6 +87,7 @@ class Comparison:
         self.out, self.plan, self.data, self.until, self.how, self.jobs = out, plan, data, until, how, jobs
         self.say = say
         self.left: list[str] = []
+        self.signal: int | None = None  # that other processes were stopped by
 
     def go_on(self, stages: tuple[str, ...]) -> None:
         """As far as the time allows."""
@@ -97,20 +98,29 @@ class Comparison:
         best = best_rates(rates)
         self.say(f"best rates: {', '.join(f'{model} {rate:g}' for model, rate in best.items())}")
         first = token_runs(self.plan, best, self.plan.seeds[0])
-        parts: dict[str, Callable[[], object]] = {
-            "tokens": lambda: self._train(first),
-            "tasks": self._tasks,
-            "lengths": lambda: self._train(length_runs(self.plan, best)),
-            "seconds": lambda: self._seconds(best, first),
-            "seeds": lambda: [self._train(token_runs(self.plan, best, seed)) for seed in self.plan.seeds[1:]],
-        }
-        for name, part in parts.items():
-            if name in stages and (name not in ("tasks", "lengths") or self._whole(name, first)):
-                part()
+        if "tokens" in stages:
+            self._train(first)
+        if "tasks" in stages and self._whole("tasks", first):
+            self._tasks()
+        if "lengths" in stages and self._whole("lengths", first):
+            self._train(length_runs(self.plan, best))
+        last = self._seconds(best, first) if "seconds" in stages else []
+        if "seeds" in stages:
+            last += [run for seed in self.plan.seeds[1:] for run in token_runs(self.plan, best, seed)]
+        self._train(last)
 
     def _train(self, runs: list[Run]) -> list[Record] | None:
-        """The records of all of them, or None."""
-        found = [train(self.out, run, self.plan, self.data, self.until, self.how, self.say) for run in runs]
+        """The records of all of them, or None. Of several GPUs each works on one at a time."""
+        todo = [run for run in runs if finished(self.out, run.name) is None]
+        count = min(len(gpus()), len(todo))
+        if count > 1 and not self.until.over():
+            work = partial(_work, self.out, self.plan, self.data.folder, self.how)
+            self.signal = together(todo, work, count, self.until.deadline, lambda run, record: None)
+            if self.signal is not None:
+                self.until.asked.set()
+            found = [finished(self.out, run.name) for run in runs]
+        else:
+            found = [train(self.out, run, self.plan, self.data, self.until, self.how, self.say) for run in runs]
         self.left += [run.name for run, record in zip(runs, found, strict=True) if record is None]
         whole = [record for record in found if record is not None]
         return whole if len(whole) == len(runs) else None
@@ -132,16 +142,22 @@ class Comparison:
             run_tasks(self.out, self.data.folder, self.plan, self.until, self.jobs)
         self.left += [f"GLUE of {model}" for model in MODELS if tasks_done(self.out, self.plan, model) is None]
 
-    def _seconds(self, best: dict[str, float], first: list[Run]) -> None:
+    def _seconds(self, best: dict[str, float], first: list[Run]) -> list[Run]:
+        """The faster model's run of as many seconds as the slower one's, if that can be had."""
         found = self._train(first)
-        if found is not None and not any("diverged" in record for record in found):
-            seconds = {record["model"]: record["seconds"] for record in found}
-            run = seconds_run(self.plan, best, self.plan.seeds[0], seconds)
-            if reason := "" if finished(self.out, run.name) else _other_clock(found):
-                self.say(f"seconds: {reason}")
-                self.left.append(f"seconds ({reason})")
-            else:
-                self._train([run])
+        if found is None or any("diverged" in record for record in found):
+            return []
+        seconds = {record["model"]: record["seconds"] for record in found}
+        run = seconds_run(self.plan, best, self.plan.seeds[0], seconds)
+        if reason := "" if finished(self.out, run.name) else _other_clock(found):
+            self.say(f"seconds: {reason}")
+            self.left.append(f"seconds ({reason})")
+            return []
+        return [run]
+
+
+def _work(out: Path, plan: Plan, data: Path, how: How, run: Run) -> Record | None:
+    return train(out, run, plan, Data(data), until(), how, speak)
 
 
 def _other_clock(records: list[Record]) -> str:

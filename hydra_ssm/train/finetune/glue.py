@@ -11,11 +11,11 @@ from typing import Any
 from ..errors import Interrupted, UserError
 from ..plans import NAME, alone, check_plan, read_plan, write_plan
 from ..records import write_json
-from ..workers import Say, speak
+from ..workers import Say, speak, usual_jobs
 from . import metrics
 from .data import TaskData, find
 from .engine import load_words
-from .jobs import run_all, usual_jobs
+from .jobs import run_all
 from .report import collect, table
 from .run import Key, Plan, finished, weights_of
 from .tasks import MNLI, TASKS, choose

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..records import Record
-from ..workers import Event, Say, Until, begin, one_thread, result, stopping, until
+from ..workers import Event, Say, Until, one_thread, stopping, together, until
 from .run import Key, finished, train
 from .tasks import MNLI, TASKS
-
-MOST_JOBS = 8  # on a CPU, where nobody says how many
-
-
-def usual_jobs() -> int:
-    """One for each GPU, and on a CPU as many as it has cores, but 8 at most."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else min(MOST_JOBS, torch.get_num_threads())
 
 
 def run_all(out: Path, keys: Sequence[Key], direct: bool, jobs: int, deadline: float, say: Say) -> int | None:
@@ -46,7 +35,8 @@ def run_all(out: Path, keys: Sequence[Key], direct: bool, jobs: int, deadline: f
             for key in todo if jobs else ():
                 done.tell(key, _train(out, key, Until(asked, deadline)))
             return received[0] if received else None
-    return _together(out, todo, direct, jobs, deadline, done)
+    waits_for = _after_none if direct else _waits_for
+    return together(todo, partial(_work, out), jobs, deadline, done.tell, waits_for)
 
 
 class Progress:
@@ -64,58 +54,12 @@ class Progress:
         self.say(f"{key}: {result} ({self.done} of {self.runs})")
 
 
-def _together(out: Path, todo: list[Key], direct: bool, jobs: int, deadline: float, done: Progress) -> int | None:
-    """In processes of their own, spread over the GPUs."""
-    context = multiprocessing.get_context("spawn")
-    asked = context.Event()
-    with stopping(asked) as received, ExitStack() as stack:
-        free = _processes(jobs, context, Until(asked, deadline), stack)
-        waiting = list(todo)
-        running: dict[Future[Record | None], tuple[Key, ProcessPoolExecutor]] = {}
-        try:
-            while waiting or running:
-                under_way = {*waiting, *(key for key, _ in running.values())}
-                ready = [key for key in waiting if direct or _waits_for(key) not in under_way]
-                for key in ready[: len(free)]:
-                    waiting.remove(key)
-                    pool = free.pop()
-                    running[pool.submit(_work, out, key)] = key, pool
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    key, pool = running.pop(future)
-                    done.tell(key, result(future, key))
-                    free.append(pool)
-        except BaseException:
-            asked.set()  # the others keep what they have
-            raise
-        return received[0] if received else None
-
-
-def _processes(jobs: int, context: Any, until: Until, stack: ExitStack) -> list[ProcessPoolExecutor]:
-    """Pools of one process each, that see one GPU each. It must not be told later: importing may use CUDA."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    gpus = visible(before, torch.cuda.device_count)
-    pools = [stack.enter_context(ProcessPoolExecutor(1, context, begin, (until, jobs))) for _ in range(jobs)]
-    try:
-        for place, pool in enumerate(pools):
-            if gpus:
-                os.environ[name] = gpus[place % len(gpus)]
-            pool.submit(int)  # starts the process
-    finally:
-        if before is not None:
-            os.environ[name] = before
-        else:
-            os.environ.pop(name, None)
-    return pools
+def _after_none(key: Key) -> None:
+    """All may begin at once."""
 
 
 def _waits_for(key: Key) -> Key | None:
     return Key(MNLI, key.seed) if TASKS[key.task].after_mnli else None
-
-
-def visible(named: str | None, count: Callable[[], int]) -> list[str]:
-    """The names of the GPUs that this process may use."""
-    return [name for name in named.split(",") if name] if named is not None else [str(i) for i in range(count())]
 
 
 def _work(out: Path, key: Key) -> Record | None:

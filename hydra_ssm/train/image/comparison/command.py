@@ -14,7 +14,7 @@ import torch
 from ...errors import Interrupted, UserError
 from ...plans import NAME, alone, check_plan, read_plan, write_plan
 from ...records import read_json, write_json
-from ...workers import Say, speak
+from ...workers import Say, gpus, speak
 from .data import Data, prepare
 from .jobs import Ended, run_all
 from .loop import RUNS
@@ -56,7 +56,7 @@ def compare(
         seeds: of the runs that count.
         stages: speed (of the models, alone on the device), tuning (of the learning rates), runs, and resolutions
             (base models from 64 to 1,024 pixels), in this order; None for all, of a small comparison but the last.
-        jobs: runs at once; None for 3 on a GPU and 1 on a CPU.
+        jobs: runs at once, spread over the GPUs; None for 3 on each, and 1 on a CPU.
         limit: seconds after which it stops, to be gone on with by the same call.
         budget: seconds of the device that tuning and runs may take by the estimate of the stage speed: before the
             first run the plan's epochs are lowered, for all rows alike, until they fit.
@@ -77,13 +77,13 @@ def compare(
         say("decoding the pictures" if not pictures.exists() else f"pictures of {pictures}")
         prepare(data, pictures)
         facts = _facts(folder, pictures)
-        at_once = jobs or (3 if torch.cuda.is_available() else 1)
+        count = jobs or (3 * torch.cuda.device_count() if torch.cuda.is_available() else 1)
         if "speed" in stages:
             measure_models(folder, plan, chosen, len(facts["classes"]), facts["size"], deadline, say)
             plan = _within(folder, plan, partial(seconds_of, folder, facts, chosen, len(seeds)), budget, say)
         elif budget is not None:
             say("the budget has no effect: it takes the stage speed to know what a step costs")
-        run = partial(run_all, folder, pictures, at_once=at_once, deadline=deadline, say=say)
+        run = partial(run_all, folder, pictures, jobs=count, deadline=deadline, say=say)
         ended = Ended(None, [])
         if "tuning" in stages:
             ended = _tuned(folder, plan, chosen, run, deadline)
@@ -115,14 +115,13 @@ def _to_run(folder: Path, plan: Plan, rows: Sequence[str], seeds: Sequence[int],
 
 
 def seconds_of(folder: Path, facts: dict[str, Any], rows: Sequence[str], seeds: int, plan: Plan) -> float:
-    """What tuning and runs of the rows that are measured need of the device by estimate, one after the other."""
+    """What tuning and runs of the rows that are measured need of the devices by estimate, one after the other."""
     known = read(folder / SPEED)["rows"]
     measured = [known[row]["graph_step"] or known[row]["step"] for row in rows if row in known]
     step = sum(ms / 1e3 + BESIDES for ms in measured if ms)
     rates = len(plan.learning_rates) + plan.further_rates / 2 if plan.learning_rates[1:] else 0
-    return (
-        step * (facts["train_pictures"] // plan.batch_size) * (seeds * plan.epochs + 0.9 * rates * plan.tuning_epochs)
-    )
+    epochs = seeds * plan.epochs + 0.9 * rates * plan.tuning_epochs
+    return step * (facts["train_pictures"] // plan.batch_size) * epochs / max(1, len(gpus()))
 
 
 def _within(folder: Path, plan: Plan, seconds: Callable[[Plan], float], budget: float | None, say: Say) -> Plan:

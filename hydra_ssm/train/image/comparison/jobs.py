@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 
 from ...errors import UserError, in_a_line
 from ...records import Record
-from ...workers import Event, Say, Until, begin, one_thread, result, speak, stopping, until
+from ...workers import Event, Say, Until, at_once, one_thread, speak, stopping, together, until
 from .loop import failure_of, finished, folder_of, train
 from .plan import Job
 
@@ -47,7 +46,7 @@ class Ended(NamedTuple):
         return Ended(after.signal, self.failed + after.failed)
 
 
-def run_all(out: Path, data: Path, todo: Sequence[Job], at_once: int, deadline: float, say: Say) -> Ended:
+def run_all(out: Path, data: Path, todo: Sequence[Job], jobs: int, deadline: float, say: Say) -> Ended:
     """Go on with the runs, those that have begun first and those that failed last. A run that fails stops no other.
 
     Raises UserError where a process has died or the disk is full; the others are saved.
@@ -57,7 +56,7 @@ def run_all(out: Path, data: Path, todo: Sequence[Job], at_once: int, deadline: 
     failed: list[str] = []
     signal = None
     while left and signal is None and time.time() < deadline:
-        count = min(at_once, len(left))
+        count = min(jobs, len(left))
         found, signal = (_several if count > 1 else _one_by_one)(out, data, left, count, deadline, say)
         lost = [job for job, outcome in found.items() if isinstance(outcome, Failed) and outcome.lost]
         failed += [f"{job}: {o.told}" for job, o in found.items() if isinstance(o, Failed) and not o.lost]
@@ -82,23 +81,19 @@ def _one_by_one(
 def _several(
     out: Path, data: Path, left: Sequence[Job], count: int, deadline: float, say: Say
 ) -> tuple[dict[Job, Outcome], int | None]:
-    context = multiprocessing.get_context("spawn")
-    asked = context.Event()
     found: dict[Job, Outcome] = {}
-    with stopping(asked) as received, ProcessPoolExecutor(count, context, begin, (Until(asked, deadline), count)) as p:
-        futures = {p.submit(_work, out, data, job, count): job for job in left}
-        try:
-            for future in as_completed(futures):
-                job = futures[future]
-                found[job] = result(future, job)
-                tell(job, found[job], say)
-        except BaseException as error:
-            asked.set()  # the others save what they have
-            for job in left:  # any of these may have been what the process died of: they are last the next time
-                if isinstance(error, UserError) and folder_of(out, job).exists() and finished(out, job) is None:
-                    failure_of(out, job).write_text(f"{error}\n", encoding="utf-8")
-            raise
-    return found, received[0] if received else None
+
+    def ended(job: Job, outcome: Outcome) -> None:
+        found[job] = outcome
+        tell(job, outcome, say)
+
+    try:
+        return found, together(left, partial(_work, out, data, at_once(count)), count, deadline, ended)
+    except UserError as error:
+        for job in left:  # any of these may have been what the process died of: they are last the next time
+            if folder_of(out, job).exists() and finished(out, job) is None:
+                failure_of(out, job).write_text(f"{error}\n", encoding="utf-8")
+        raise
 
 
 def tell(job: Job, found: Outcome, say: Say) -> None:
@@ -123,11 +118,11 @@ def device_works() -> bool:
     return True
 
 
-def _train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say) -> Outcome:
+def _train(out: Path, data: Path, job: Job, until: Until, beside: int, say: Say) -> Outcome:
     if not until.over() and not device_works():
         return Failed("its device does not work", lost=True)
     try:
-        return train(out, data, job, until, at_once, say)
+        return train(out, data, job, until, beside, say)
     except UserError:
         raise
     except Exception as error:  # of a kernel, a compiler, a library: the other rows have nothing to do with it
@@ -138,5 +133,5 @@ def _train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say
         return Failed(told or in_a_line(error))
 
 
-def _work(out: Path, data: Path, job: Job, at_once: int) -> Outcome:
-    return _train(out, data, job, until(), at_once, speak)
+def _work(out: Path, data: Path, beside: int, job: Job) -> Outcome:
+    return _train(out, data, job, until(), beside, speak)
