@@ -378,6 +378,19 @@ def test_heads_and_values_that_fill_no_block_are_projected_whole() -> None:
     agree(layer(d_model=72, expand=2), torch.randn(2, 5, 72, device=DEVICE))  # 9 heads by two, 144 numbers by 128
 
 
+def test_little_of_a_narrow_layer_has_its_diagonal_projected_beside_the_decays() -> None:
+    from hydra_ssm.ops.triton.plan import plan
+
+    def projects(batch: int, length: int, heads: int) -> bool:
+        x, B = torch.empty(batch, length, heads, 64, device="meta"), torch.empty(batch, length, 1, 64, device="meta")
+        return plan(x.half(), B.half()).project
+
+    assert projects(8, 128, 8)  # 512 numbers, 8 chunks
+    assert not projects(8, 128, 9)
+    assert projects(32, 128, 4)
+    assert not projects(33, 128, 4)
+
+
 def test_sums_over_parts_of_the_batch_are_not_rounded_in_between(monkeypatch) -> None:
     import hydra_ssm.ops.triton.block as block
 

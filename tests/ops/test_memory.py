@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+D = 256
 
 
 def most_held(run: Callable[[], object], monkeypatch) -> int:
@@ -37,11 +38,11 @@ def most_held(run: Callable[[], object], monkeypatch) -> int:
 
 @pytest.fixture
 def bytes_a_token(monkeypatch) -> Callable[..., float]:
-    """(batch, length, options) -> what a step of the base model holds, less what no token adds to."""
+    """(one shape, a larger one, options) -> what a step of a layer holds more for each token that is more."""
     import hydra_ssm.ops.triton.block as block
 
     monkeypatch.setattr(block, "RECOMPUTED", 512)
-    monkeypatch.setattr(block, "OF_ONE", 64)
+    monkeypatch.setattr(block, "OF_ONE", 1024)
     if DEVICE == "cpu":
         from triton.runtime.interpreter import GridExecutor
 
@@ -50,8 +51,8 @@ def bytes_a_token(monkeypatch) -> Callable[..., float]:
         monkeypatch.setattr(block, "_product", lambda a, b: (a @ b).float())
 
     def step(batch: int, length: int, options: dict) -> int:
-        layer = Hydra(768, impl="triton", **options).to(DEVICE)
-        u, dy = (torch.randn(batch, length, 768, device=DEVICE).bfloat16() for _ in range(2))
+        layer = Hydra(D, impl="triton", **options).to(DEVICE)
+        u, dy = (torch.randn(batch, length, D, device=DEVICE).bfloat16() for _ in range(2))
         u.requires_grad_()
         # Half of the tokens' adjoint states at once.
         monkeypatch.setattr("hydra_ssm.ops.triton.plan.HELD", batch * length // 2)
@@ -65,28 +66,37 @@ def bytes_a_token(monkeypatch) -> Callable[..., float]:
 
         return most_held(run, monkeypatch)
 
-    def found(batch: int, length: int, **options) -> float:
-        return (step(2 * batch, length, options) - step(batch, length, options)) / (batch * length)
+    def found(one: tuple[int, int], other: tuple[int, int], **options) -> float:
+        more = step(*other, options) - step(*one, options)
+        return more / (other[0] * other[1] - one[0] * one[1])
 
     return found
 
 
+H, INNER, FEATURES = D // 32, 2 * D, 4 * 64
+OUT, XBC, Y, T = 2 * D, 2 * (INNER + FEATURES), 2 * INNER, 4 * INNER  # bytes a token; as many of S, in chunks of 64
+PROJECTED = 2 * (2 * INNER + FEATURES + 2 * H)
+DECAYS = (16 + 4 + 8 / 64) * H + 4  # with the diagonal and the norm's scale
+
+
 def test_a_step_holds_what_the_page_says(bytes_a_token) -> None:
     """y and its gradient in one place, x, B, C and theirs in one place, S, half of T, and what is small."""
-    kept = 6752 + 3584 + 3072 + 6144 + 483 + 4
-    assert bytes_a_token(6, 512) < 1.01 * (kept + 1536 + 3072 + 512 + 2 * 384 + 48)
+    small = (4 * FEATURES + 32 * H) / 2 + 2 * H  # parts and sums, for half of the tokens, and the diagonal's gradient
+    found = bytes_a_token((8, 512), (16, 512))
+    assert found == pytest.approx(OUT + PROJECTED + XBC + Y + 1.5 * T + DECAYS + small, rel=0.01)
 
 
-def test_a_step_that_recomputes_holds_the_projection_and_what_it_is_multiplied_with(bytes_a_token) -> None:
-    """In the forward pass: the projection, x, B, C, half of the states, as its chunks are of 128 tokens, and y."""
-    assert bytes_a_token(6, 512, recompute=True) < 1.01 * (6752 + 3584 + 3072 + 3072 + 483)
+def test_a_step_that_recomputes_holds_no_more_than_its_forward_pass(bytes_a_token) -> None:
+    """The projection, x, B, C, y, which is normed where it is, and half of the states: chunks are of 128 tokens."""
+    found = bytes_a_token((16, 512), (32, 512), recompute=True)
+    assert found == pytest.approx(PROJECTED + XBC + Y + T / 2 + DECAYS, rel=0.01)
 
 
 def test_a_long_row_that_is_computed_again_has_neither_y_nor_states_at_once(bytes_a_token) -> None:
-    """The projection, x, B and C, the decays, the gradient of y in the place of what it is found from, and y."""
-    borders = 2 * 2 * 4 * 24 * 64 * 64 / 64  # of S and of T, one for each part of 64 tokens, float32
-    found = bytes_a_token(1, 2048, recompute=True)
-    assert found < 1.01 * (6752 + 3584 + 483 + 4 + 1536 + 3072 + 48 + borders)
+    """The projection, x, B and C, the decays, the gradient of y in the place of what it is found from, the output."""
+    borders = 2 * 2 * 4 * INNER * 64 / 1024  # of S and of T, in both directions, float32, for each part
+    found = bytes_a_token((1, 8192), (1, 16384), recompute=True)
+    assert found == pytest.approx(OUT + PROJECTED + XBC + Y + DECAYS + 2 * H + borders, rel=0.01)
 
 
 class Linear:
