@@ -12,7 +12,7 @@ from torch import Tensor
 from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
-from .plan import NARROW, Plan, plan
+from .plan import WALKS, Plan, plan
 from .sizes import cdiv
 from .states import StatesConfig, chunk_states, stretch_borders
 from .step_grads import StepGrads, step_grads
@@ -175,7 +175,7 @@ def _of_part(v: Tensor, chunks: int, how: Plan) -> StatesConfig:
     """How to walk through so many chunks of v (B, L, H, P): with half of a state each, where walks are few."""
     batch, L, H, P = v.shape
     walks = 2 * batch * H * cdiv(chunks, how.states.length(cdiv(L, how.chunk)))
-    return replace(how.states, split=2) if walks <= NARROW and P > 16 else how.states
+    return replace(how.states, split=2) if walks <= WALKS and P > 16 else how.states
 
 
 def _each(four: Four, rows: slice) -> Four:
