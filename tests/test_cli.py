@@ -165,6 +165,12 @@ def test_embed_writes_a_vector_for_each_paragraph(here: Path, capsys: pytest.Cap
     assert len(np.load("lines.npy")) == len(LINES.splitlines())
 
 
+def test_embed_shows_how_a_text_of_one_long_word_begins(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("dna.txt").write_text("\n".join(letter * 120 for letter in "ACGT"), encoding="utf-8")
+    assert main(["embed", "run", "dna.txt"]) == 0
+    assert f"  {'A' * 96} ...\n" in capsys.readouterr().out
+
+
 def test_a_missing_extra_is_named(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

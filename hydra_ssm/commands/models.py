@@ -239,4 +239,6 @@ def convert(
 
 
 def _shortened(text: str) -> str:
-    return textwrap.shorten(text, 100, placeholder=" ...")
+    words = " ".join(text.split())
+    short = textwrap.shorten(words, 100, placeholder=" ...")
+    return short if short != "..." or words == short else f"{words[:96]} ..."  # one word alone, as a sequence of DNA is
