@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -116,9 +117,8 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
 def _first_part(box: str) -> str:
     """What a box says below its title and above its next rule, drawn with lines or, without UTF-8, with hyphens."""
     body = dropwhile(_is_rule, [line.strip("│ ") for line in box.splitlines()[1:]])
-    return (
-        " ".join(takewhile(lambda line: not _is_rule(line), body)).partition(" Got errors:")[0].replace("{None}|", "")
-    )
+    said = " ".join(takewhile(lambda line: not _is_rule(line), body)).partition(" Got errors:")[0]
+    return re.sub(r"\{None\}\||'None', |, 'None'", "", said)  # which nobody has to say
 
 
 def _is_rule(line: str) -> bool:

@@ -94,6 +94,7 @@ MISTAKES = {
     "fill-mask no_model [MASK]": "no_model holds no model that can be read: the model_type of config.json must be ",
     "embed run nowhere.txt": "cannot read nowhere.txt: No such file or directory",
     "embed run empty.txt": "empty.txt must hold text, it is empty",
+    "embed run text.txt --dtype float64": "invalid choice 'float64' for argument '--dtype'. Expected one of ('",
     "embed run text.txt --out nowhere/x.npy": "the folder of --out must exist, there is no nowhere",
     "convert nowhere.pt new": "nowhere.pt",
 }
@@ -111,6 +112,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command: str, here: Path, capsys:
     assert error.endswith("\n")
     assert start in error
     assert end in error
+    assert "'None'" not in error
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not any(Path("runs").glob("*"))  # nothing is begun
 
