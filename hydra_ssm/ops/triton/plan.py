@@ -18,7 +18,6 @@ from .value_grads import ValueGradsConfig
 AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and beyond; less than other GPUs of NVIDIA's
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
 HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
-WALKS = 132  # programs: fewer walks than that, where the batch is taken in parts, have half of a state each
 FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
 

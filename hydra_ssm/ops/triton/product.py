@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
-from .plan import WALKS, Plan, plan
+from .plan import Plan, plan
 from .sizes import cdiv
-from .states import StatesConfig, chunk_states, stretch_borders
+from .states import chunk_states, stretch_borders
 from .step_grads import StepGrads, step_grads
 from .value_grads import value_grads
 
@@ -89,12 +89,12 @@ def quasiseparable_backward(
     of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
     pieces = _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how)
     if len(pieces) == 1:
-        _backward_of(dy, x, steps, features, decays, ids, states, how, dx, parts, of_steps, back, True)
+        _backward_of(dy, x, steps, features, decays, ids, states, how, dx, parts, of_steps, back)
     for rows in pieces if len(pieces) > 1 else ():
         _backward_of(
             dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
             None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
-            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]), False,
+            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]),
         )  # fmt: skip
     dA, dbias = of_steps.summed(steps)
     if how.split > 1:
@@ -106,19 +106,17 @@ def quasiseparable_backward(
 
 def _backward_of(
     dy: Tensor, x: Tensor, steps: Steps, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None,
-    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None, whole: bool,
+    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Writes the gradients of these rows of the batch (whole: of all), of a row alone in parts: T, and S if not given,
-    are there for one of them.
+    """Writes the gradients of these rows of the batch, of a row alone in parts: T (and S) are there for one.
 
     A part writes its own tokens' gradients and reads no values or features of another's: parts change no bit, and
     gradients may be where values and features are.
     """
     Q, precision = how.chunk, how.precision
     spans = _spans(x.shape[0], cdiv(x.shape[1], Q), how)
-    config = how.states if len(spans) == 1 and whole else _of_part(x, len(spans[0]), how)
-    walk = features[1], features[3], dy, decays, ids, Q, config, precision, True
-    own_walk = features[0], features[2], x, decays, ids, Q, config, precision, False
+    walk = features[1], features[3], dy, decays, ids, Q, how.states, precision, True
+    own_walk = features[0], features[2], x, decays, ids, Q, how.states, precision, False
     several = cdiv(x.shape[1], Q) > 1
     borders = stretch_borders(*walk) if several else None
     own_borders = stretch_borders(*own_walk) if several and states is None else None
@@ -130,7 +128,7 @@ def _backward_of(
             through = feature_grads(
                 x, dy, features, decays, ids, own, adjoint, Q, how.feature_grads, precision, some.start
             )
-            del own  # their memory is for what follows
+            del own  # its memory is for what follows
         tiles = value_grads(
             x, dy, features, decays, ids, adjoint, through, dx, dfeatures, Q, how.pair, how.value_grads, precision,
             back, some.start,
@@ -145,7 +143,7 @@ def outputs_in_parts(
     """(tokens, y (1, tokens, H, P)) of x (1, L, H, P), in the parts that the states are held for."""
     B_f, C_f, B_b, C_b = features
     spans = _spans(1, cdiv(x.shape[1], how.chunk), how)
-    walk = B_f, B_b, x, decays, ids, how.chunk, _of_part(x, len(spans[0]), how), how.precision, False
+    walk = B_f, B_b, x, decays, ids, how.chunk, how.states, how.precision, False
     borders = stretch_borders(*walk)
     for some in spans:
         states = chunk_states(*walk, borders, some)
@@ -169,13 +167,6 @@ def _spans(batch: int, chunks: int, how: Plan) -> list[range]:
     stretches = cdiv(chunks, stretch) if batch == 1 else 1
     size = stretch * cdiv(stretches, min(stretches, cdiv(chunks, how.held))) if stretches > 1 else chunks
     return [range(first, min(first + size, chunks)) for first in range(0, chunks, size)]
-
-
-def _of_part(v: Tensor, chunks: int, how: Plan) -> StatesConfig:
-    """How to walk through so many chunks of v (B, L, H, P): with half of a state each, where walks are few."""
-    batch, L, H, P = v.shape
-    walks = 2 * batch * H * cdiv(chunks, how.states.length(cdiv(L, how.chunk)))
-    return replace(how.states, split=2) if walks <= WALKS and P > 16 else how.states
 
 
 def _each(four: Four, rows: slice) -> Four:

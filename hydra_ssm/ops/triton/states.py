@@ -54,7 +54,6 @@ def _walk(
     state_stride,
     stride_ul,
     stride_vl,
-    p,
     DIRECTION: tl.constexpr,
     ADJOINT: tl.constexpr,
     NEIGHBOUR: tl.constexpr,
@@ -67,14 +66,15 @@ def _walk(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Chunks first .. first + count - 1, in the order that the direction reads them; the columns p of their states."""
+    """Chunks first .. first + count - 1, in the order that the direction reads them."""
     i = tl.arange(0, Q)
     n = tl.arange(0, N)
+    p = tl.arange(0, P)
     entry = n[:, None] * P + p[None, :]
     if BORDERS:
         state = tl.load(borders + entry)
     else:
-        state = tl.zeros([N, p.shape[0]], tl.float32)
+        state = tl.zeros([N, P], tl.float32)
     for s in tl.range(0, count, num_stages=STAGES):
         if DIRECTION == ADJOINT:
             chunk = first + s
@@ -136,11 +136,10 @@ def _states_kernel(
     Q: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
-    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B H directions, stretches, P / WIDTH), of the chunks `held` from `start`: states has room for these."""
+    """Grid (B H directions, stretches), of the chunks `held` from `start`: states has room for these."""
     pid = tl.program_id(0)
     direction = pid % 2
     head = pid // 2 % H
@@ -148,7 +147,6 @@ def _states_kernel(
     first = start + tl.program_id(1).to(tl.int64) * stretch
     number = first // stretch
     count = tl.minimum(stretch, chunks - first)
-    p = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
     group = head // heads_per_group
     v += batch * stride_vb + head.to(tl.int64) * stride_vh
     decays += (batch * H + head) * (chunks * Q * 4)
@@ -161,13 +159,13 @@ def _states_kernel(
     if direction == 0:
         _walk(
             u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_fl, stride_vl, p,
+            first, count, H * N * P, stride_fl, stride_vl,
             0, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _walk(
             u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_bl, stride_vl, p,
+            first, count, H * N * P, stride_bl, stride_vl,
             1, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
         )  # fmt: skip
 
@@ -323,12 +321,11 @@ def _join_kernel(
 
 @dataclass(frozen=True)
 class StatesConfig:
-    """Chunks of a stretch (0: all of them in one walk), warps and stages, programs that share a state's columns."""
+    """Chunks of a stretch (0: all of them in one walk), warps and stages."""
 
     stretch: int = 0
     warps: int = 4
     stages: int = 2
-    split: int = 1
 
     def length(self, chunks: int) -> int:
         """Chunks of a stretch, where there are so many."""
@@ -394,9 +391,8 @@ def chunk_states(
     inputs, sizes, strides, options = _launch(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
     stretch = sizes[-1]
     states = torch.empty(2, batch, len(some), H, u_f.shape[3], P, dtype=v.dtype, device=v.device)
-    _states_kernel[2 * batch * H, cdiv(len(some), stretch), config.split](
+    _states_kernel[2 * batch * H, cdiv(len(some), stretch)](
         *inputs, states, decays.sums if borders is None else borders, *sizes, 1 if borders is None else
-        borders.shape[2], some.start, len(some), *strides, BORDERS=borders is not None, WIDTH=P // config.split,
-        **options,
+        borders.shape[2], some.start, len(some), *strides, BORDERS=borders is not None, **options,
     )  # fmt: skip
     return states
