@@ -25,6 +25,7 @@ Key = TypeVar("Key")
 Result = TypeVar("Result")
 MOST_JOBS = 8  # on a CPU, where nobody says how many
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 _until: Until  # of this process, where it works for another
 
 
@@ -102,7 +103,7 @@ def together(
                 for key in ready[: len(free)]:
                     waiting.remove(key)
                     pool = free.pop(0)
-                    running[pool.submit(work, key)] = key, pool
+                    running[_submitted(pool, work, key)] = key, pool
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     key, pool = running.pop(future)
                     tell(key, _result(future, key))
@@ -135,16 +136,40 @@ def _processes(jobs: int, context: Any, until: Until, stack: ExitStack) -> list[
     before, own = os.environ.get(VISIBLE), gpus()
     pools = [stack.enter_context(ProcessPoolExecutor(1, context, begin, (until, jobs))) for _ in range(jobs)]
     try:
-        for place, pool in enumerate(pools):
-            if own:
-                os.environ[VISIBLE] = own[place % len(own)]
-            pool.submit(int)  # starts the process
+        with _blocked():  # what a group of processes is sent would end those that import still
+            for place, pool in enumerate(pools):
+                if own:
+                    os.environ[VISIBLE] = own[place % len(own)]
+                pool.submit(int)  # starts the process
     finally:
         if before is not None:
             os.environ[VISIBLE] = before
         else:
             os.environ.pop(VISIBLE, None)
     return pools
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Signals that stop come afterwards, and to a process that is started here once it has unblocked them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Key], Result], key: Key) -> Future[Result]:
+    """A run of a process, which may have died while it had none: the future tells."""
+    try:
+        return pool.submit(work, key)
+    except BrokenProcessPool as error:
+        broken: Future[Result] = Future()
+        broken.set_exception(error)
+        return broken
 
 
 def _result(future: Future[Result], name: object) -> Result:
@@ -162,8 +187,10 @@ def begin(until: Until, jobs: int) -> None:
     """What a process that works for another does first."""
     global _until
     _until = until
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:  # a terminal sends it to all, and the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs) if torch.cuda.is_available() else 1)
 
@@ -209,7 +236,7 @@ def stopping(asked: Event) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in STOPPING}
     try:
         yield received
     finally:

@@ -373,6 +373,22 @@ def test_jobs_are_spread_over_the_gpus_that_may_be_used(monkeypatch: pytest.Monk
     assert seen == ["7", "9", "7"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent to a group of processes")
+def test_a_process_outlives_signals_before_it_works_and_is_told_of_if_it_dies_without_a_run() -> None:
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        until = workers.Until(context.Event(), float("inf"))
+        (pool,) = workers._processes(1, context, until, stack)
+        (process,) = pool._processes
+        os.kill(process, signal.SIGTERM)  # as Control-C or `timeout` does to all, while it imports
+        assert pool.submit(int).result() == 0
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: pool._broken)
+        with pytest.raises(UserError, match="a process has died, with RTE, seed 0"):
+            workers._result(workers._submitted(pool, str, Key("RTE", 0)), Key("RTE", 0))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 class AfterSteps:
     """Time is over after so many steps."""
 

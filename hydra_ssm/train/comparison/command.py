@@ -72,7 +72,7 @@ def compare(
         comparison = Comparison(folder, plan, Data(Path(data)), end, How(graph, compile), jobs, say)
         with stopping(asked) as received:
             comparison.go_on(stages)
-        report = collect(folder, plan, comparison.data, comparison.left)
+        report = collect(folder, plan, comparison.data, list(dict.fromkeys(comparison.left)))
         say(table(report))
         _write(report, folder, say)
     if number := comparison.signal or (received[0] if received else None):
@@ -114,6 +114,7 @@ class Comparison:
         todo = [run for run in runs if finished(self.out, run.name) is None]
         count = min(len(gpus()), len(todo))
         if count > 1 and not self.until.over():
+            free_memory()  # that a run of this process has left
             work = partial(_work, self.out, self.plan, self.data.folder, self.how)
             self.signal = together(todo, work, count, self.until.deadline, lambda run, record: None)
             if self.signal is not None:
