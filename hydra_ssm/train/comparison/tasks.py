@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def run_tasks(out: Path, data: Path, plan: Plan, until: Until, jobs: int) -> Non
 
 def work(model: str, out: str, data: str, plan: Plan, deadline: float, jobs: int) -> None:
     """What such a process does."""
+    if os.name == "posix":
+        os.setpgrp()  # what all are sent would come twice, with that of the parent, and the second time end it
     end_with_parent()
     start = Path(out) / MODELS_FOLDER / f"tokens-{model}-seed-{plan.seeds[0]}"
     glue(
