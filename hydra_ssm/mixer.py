@@ -305,7 +305,8 @@ class SelfAttention(MatrixMixer):
 
 def _as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a part may go unseen into an operation of several: no hook waits for it, and nothing took its place."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    replaced = "forward" in vars(module)  # as accelerate's hooks do
+    return type(module) is kind and not (replaced or module._forward_hooks or module._forward_pre_hooks)
 
 
 def check_input(u: Tensor, d_model: int) -> None:

@@ -360,6 +360,17 @@ def test_what_is_computed_again_is_computed_as_before_whatever_the_backward_pass
     assert torch.equal(*grads)
 
 
+def test_a_part_whose_forward_was_replaced_is_called() -> None:
+    """As accelerate replaces it, to bring weights from elsewhere."""
+    for name in ("conv1d", "norm", "out_proj"):
+        mixer = layer()
+        part, calls = getattr(mixer, name), []
+        usual = part.forward
+        part.forward = lambda *a, usual=usual, calls=calls: calls.append(1) or usual(*a)
+        mixer(torch.randn(1, 5, 16, device=DEVICE))
+        assert calls, name
+
+
 def test_hooks_of_parts_are_called() -> None:
     mixer, u = layer(), torch.randn(1, 7, 16, device=DEVICE)
     expected, calls = mixer(u), []

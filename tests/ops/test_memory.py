@@ -127,6 +127,27 @@ def test_a_linear_map_of_what_nobody_else_reads_is_a_linear_map(bias, autocast) 
         assert torch.equal(a, b)
 
 
+def test_weights_of_another_class_of_tensors_are_left_to_it() -> None:
+    class Other(Tensor):
+        pass
+
+    weight = torch.randn(5, 8, device=DEVICE).as_subclass(Other).requires_grad_()
+    u = torch.randn(2, 3, 8, device=DEVICE, requires_grad=True) * 2
+    y = last_linear(u, weight, None)
+    assert type(y) is Other
+    assert type(y.grad_fn).__name__ != "_LastBackward"
+
+
+def test_a_second_derivative_through_its_gradient_knows_the_weight() -> None:
+    found, linear = [], Linear()
+    for last in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            u, y = linear(last, torch.bfloat16)
+        (du,) = torch.autograd.grad(y.float().square().sum(), u, create_graph=True)
+        found.append(torch.autograd.grad(du.float().square().sum(), linear.layer.weight)[0])
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
 def test_its_gradient_lies_where_the_values_were_unless_they_are_needed_again() -> None:
     for last in (False, True):
         u, y = (linear := Linear())(True)

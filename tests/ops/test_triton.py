@@ -135,7 +135,7 @@ PARTS = {
     "rows and groups": ({"batch": 2, "heads": 6, "groups": 2, "documents": True}, (16, 3, 0, False), 1, 2),
     "a row's stretches": ({"length": 36, "heads": 3, "documents": True}, (16, 3, 1, False), 2, 2),
     "stretches of each row": ({"batch": 2, "length": 36, "documents": True}, (16, 2, 2, False), 2, 4),
-    "half of a state each": ({"batch": 2, "width": 32}, (16, 2, 0, False), 1, 2),
+    "stretches of each row, if they are long": ({"batch": 2, "length": 50}, (16, 2, 0, False), 2, 4),
     "a row without stretches": ({}, (16, 2, 0, False), 1, 1),
 }
 
@@ -146,8 +146,10 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     from hydra_ssm.ops.triton import Into, Steps, product, quasiseparable_backward
 
     args, how, calls = case(**{"length": 20} | shape), plan(*how), []
+    monkeypatch.setattr(product, "STRETCH", 2)
     dy = torch.randn_like(args[0])
-    whole = backward(dy, args, how)
+    each_row = how.states.stretch == 0 and parts > len(dy)  # goes through stretches because it is alone
+    whole = backward(dy, args, replace(how, states=replace(how.states, stretch=2)) if each_row else how)
     seen = product.value_grads
     monkeypatch.setattr(product, "value_grads", lambda *a: calls.append(1) or seen(*a))
     empty = torch.empty

@@ -17,6 +17,7 @@ from .value_grads import ValueGradsConfig
 
 AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and beyond; less than other GPUs of NVIDIA's
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
+STRETCH = 32  # chunks that a program walks through, where programs for all of them would be few
 HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
 FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
@@ -79,7 +80,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         split=split,
         held=cdiv(HELD, chunk),
         project=few and H * P <= NARROW,
-        states=StatesConfig(stretch=32 if batch * H < 64 else 0, stages=stages[0]),
+        states=StatesConfig(stretch=STRETCH if batch * H < 64 else 0, stages=stages[0]),
         output=output,
         value_grads=ValueGradsConfig(stages=stages[1]),
         feature_grads=FeatureGradsConfig(stages=stages[2]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import feature_grads
 from .output import chunk_outputs
-from .plan import Plan, plan
+from .plan import STRETCH, Plan, plan
 from .sizes import cdiv
 from .states import chunk_states, stretch_borders
 from .step_grads import StepGrads, step_grads
@@ -90,12 +90,15 @@ def quasiseparable_backward(
     pieces = _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how)
     if len(pieces) == 1:
         _backward_of(dy, x, steps, features, decays, ids, states, how, dx, parts, of_steps, back)
-    for rows in pieces if len(pieces) > 1 else ():
-        _backward_of(
-            dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
-            None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
-            _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]),
-        )  # fmt: skip
+    else:
+        if len(pieces) == x.shape[0] and how.states.stretch == 0:  # of each row alone walks are few
+            how = replace(how, states=replace(how.states, stretch=STRETCH))
+        for rows in pieces:
+            _backward_of(
+                dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
+                None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
+                _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]),
+            )  # fmt: skip
     dA, dbias = of_steps.summed(steps)
     if how.split > 1:
         for grad, part in zip(grads, parts, strict=True):
