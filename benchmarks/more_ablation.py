@@ -67,6 +67,8 @@ def main() -> None:
     for name, settings in questions.items():
         left = max(0.0, deadline - time.time())
         report = ablate(asked.data, asked.out / name, size=asked.size, jobs=3, limit=left, **settings)
+        if not report["runs"]:
+            break
         report["command"] = " ".join(["python benchmarks/more_ablation.py", *sys.argv[1:]])
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"ablation_{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
