@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import dropwhile, takewhile
 from typing import Any
@@ -97,8 +97,10 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
     name, rest = " ".join(given[:words]), given[words:]
     command = COMMANDS.get(name)
     if command is None:
-        known = [c for c in COMMANDS if c.startswith(f"{name} ")] or list(COMMANDS)
-        raise ValueError(f"the command must be one of {', '.join(known)}, got {name}")
+        group = {c: f for c, f in COMMANDS.items() if c.startswith(f"{name} ")}
+        if group and rest[:1] in (["-h"], ["--help"]):
+            return partial(print, _help_of(name, group), end="")
+        raise ValueError(f"the command must be one of {', '.join(group or COMMANDS)}, got {name}")
 
     @wraps(command)
     def ready(*arguments: Any, **options: Any) -> Callable[[], None]:
@@ -112,6 +114,13 @@ def _parse(given: Sequence[str]) -> Callable[[], None]:
         if not end.code:
             raise  # --help
         raise ValueError(_first_part(box.getvalue())) from None
+
+
+def _help_of(name: str, group: Mapping[str, Callable[..., None]]) -> str:
+    """The commands that begin with a word, each with what its own help begins with."""
+    wide = max(map(len, group))
+    lines = [f"  {c:{wide}} {(f.__doc__ or '').partition(chr(10))[0]}" for c, f in group.items()]
+    return "\n".join([f"usage: hydra-ssm {name} COMMAND ..., and --help after it for its options", "", *lines, ""])
 
 
 def _first_part(box: str) -> str:

@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one line and exit code 2, and loses nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_a_mistake_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.M
     monkeypatch.setattr("hydra_ssm.train.pretrain.prepare", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["pretrain", "text.txt"])
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_a_word_that_begins_several_commands_helps_with_them(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["image", asked]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: hydra-ssm image COMMAND")
+    for name in ("image train", "image eval", "image predict", "image compare"):
+        assert re.search(rf"^  {name} +[A-Z].*\.$", shown, re.MULTILINE), name
 
 
 def test_help_teaches_by_example_and_loads_nothing_heavy() -> None:
