@@ -142,14 +142,16 @@ PARTS = {
 
 @pytest.mark.parametrize(("shape", "how", "held", "parts"), PARTS.values(), ids=PARTS)
 def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, parts, monkeypatch) -> None:
-    """Into fresh memory and, as a layer's backward pass, over what they are the gradients of."""
-    from hydra_ssm.ops.triton import Into, Steps, product, quasiseparable_backward
+    """Into fresh memory and, as a layer's backward pass with S kept, over what they are the gradients of."""
+    from hydra_ssm.ops.triton import Into, Steps, product, quasiseparable_backward, quasiseparable_forward
 
     args, how, calls = case(**{"length": 20} | shape), plan(*how), []
     monkeypatch.setattr(product, "STRETCH", 2)
     dy = torch.randn_like(args[0])
     each_row = how.states.stretch == 0 and parts > len(dy)  # goes through stretches because it is alone
-    whole = backward(dy, args, replace(how, states=replace(how.states, stretch=2)) if each_row else how)
+    at_once = replace(how, states=replace(how.states, stretch=2)) if each_row else how
+    whole = backward(dy, args, at_once)
+    _, states = quasiseparable_forward(args[0], Steps(*args[1:4]), *args[4:], how=at_once)
     seen = product.value_grads
     monkeypatch.setattr(product, "value_grads", lambda *a: calls.append(1) or seen(*a))
     empty = torch.empty
@@ -162,7 +164,7 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     values, views = values.unflatten(-1, x.shape[2:]), [v.unflatten(-1, features[0].shape[2:]) for v in views]
     into = Into(values, None, None, *views)
     over = quasiseparable_backward(
-        dy, values, Steps(dt_f, dt_b, A), *views, ids, diagonal, how=replace(how, held=held), into=into
+        dy, values, Steps(dt_f, dt_b, A), *views, ids, diagonal, states, how=replace(how, held=held), into=into
     )
     for name, a, b, c in zip(NAMES, whole, in_parts, [*over[:4], *over[5:]], strict=True):
         assert torch.equal(a, b), name
