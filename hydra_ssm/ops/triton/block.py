@@ -90,6 +90,7 @@ class Kept:
 MOST_HEADS = 128  # beyond, a tile of all heads does not fit beside the others of a kernel
 RECOMPUTED = 8192  # tokens whose forward pass is found again at once: enough to fill a GPU, few for its memory
 OF_ONE = 4096  # the same where one sequence has more: all of its x, B, C and decays are there beside them
+PARTS = 8  # or so many of a row that is longer still: of what it holds, one of them is little
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def block_backward(
     x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
     how = plan(x, B_f, backward=True)
     if kept.y is None:
-        held = cdiv(OF_ONE, how.chunk)
-        how = replace(how, held=held, states=replace(how.states, stretch=held))
+        held, stretch = (cdiv(tokens, how.chunk) for tokens in (max(OF_ONE, projected.shape[1] // PARTS), OF_ONE))
+        how = replace(how, held=held, states=replace(how.states, stretch=stretch))
     dy, norm = _norm_gradients(dnormed, projected, weights, sizes, ids, kept, dprojected, how, reuse, spent)
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None

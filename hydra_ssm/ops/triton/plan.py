@@ -19,6 +19,7 @@ AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and be
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
 STRETCH = 32  # chunks that a program walks through, where programs for all of them would be few
 HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
+MOST_PARTS = 3  # of a longer batch: more would save nothing, as the norm's backward pass then holds most
 FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
 
@@ -78,7 +79,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
-        held=cdiv(HELD, chunk),
+        held=cdiv(max(HELD, cdiv(batch * L, MOST_PARTS)), chunk),
         project=few and H * P <= NARROW,
         states=StatesConfig(stretch=STRETCH if batch * H < 64 else 0, stages=stages[0]),
         output=output,
