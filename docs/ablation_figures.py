@@ -2,8 +2,9 @@
 
     python docs/ablation_figures.py
 
-Reads what `hydra-ssm ablate` wrote: results/ablation_small.json, and where they are there results/ablation.json and
-results/ablation_unmatched.json, whose figures stand beside the paper's, and what `benchmarks/more_ablation.py` wrote.
+Reads of results/ what is there of what `hydra-ssm ablate` wrote: ablation_small.json, and ablation.json,
+ablation_unmatched.json and ablation_paper.json, whose figures stand beside the paper's; and what
+`benchmarks/more_ablation.py` wrote.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hydra_ssm.train.ablation.report import clock, draw, plus_minus
@@ -19,6 +21,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "results"
 PAGE = DOCS / "results.md"
 BEGIN, END = "<!-- figures: docs/ablation_figures.py writes what follows -->", "<!-- end of figures -->"
+BESIDE = ("ablation", "ablation_unmatched", "ablation_paper")  # the paper, in this order
 MORE = {"ablation_identity": "The same block with nothing mixed", "ablation_longer": "A few rows, three times as long"}
 NONE = "-"
 NO_TIMES = "Times a step are left out: on a CPU they are as much those of other programs as of the row."
@@ -67,39 +70,50 @@ def number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def beside_the_paper(title: str, ours: dict[str, Report]) -> list[str]:
+def beside_the_paper(title: str, ours: list[Report]) -> list[str]:
     """One of the paper's tables, and for each of our reports the same rows."""
-    lines = [
-        f"### {title}: {ABOUT[title]}", "",
-        f"| | paper: loss | accuracy | GLUE | {' | '.join(f'{name}: loss | accuracy' for name in ours)} |",
-        "|---|---|---|---|" + "---|---|" * len(ours),
-    ]  # fmt: skip
+    head = ["", "paper: loss", "accuracy", "GLUE"]
+    for report in ours:
+        head += [f"{heading(report)}: loss", "accuracy"]
+    lines = [f"### {title}: {ABOUT[title]}", "", f"|{' | '.join(head)} |", "|" + "---|" * len(head)]
     for row, (loss, accuracy, glue) in PAPER[title].items():
-        cells = [cell for report in ours.values() for cell in result(report, row)]
-        lines.append(f"| {row} | {number(loss)} | {number(accuracy, 1)} | {number(glue, 1)} | {' | '.join(cells)} |")
+        cells = [row, number(loss), number(accuracy, 1), number(glue, 1)]
+        for report in ours:
+            cells += result(report, row)
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", *order(title, ours)]
+
+
+def heading(report: Report) -> str:
+    """What tells our reports apart: the parameters of their models, and whether those are equal."""
+    parameters = median(row["parameters"] for row in report["rows"])
+    return f"{parameters / 1e6:.0f}M, {report['setting'].split(':')[0]}"
 
 
 def result(report: Report, row: str) -> list[str]:
     """Loss and accuracy in a report, or that they are not there."""
-    found = next((r for r in report.get("rows", []) if r["row"] == row), None)
+    found = next((r for r in report["rows"] if r["row"] == row), None)
     if found is None:
         return [NONE, NONE]
     return [plus_minus(found["loss"], 1, ".3f"), plus_minus(found["accuracy"], 100, ".1f")]
 
 
-def order(title: str, ours: dict[str, Report]) -> list[str]:
-    """Who is best, by loss: the paper's order and ours of the same rows."""
-    losses = {row: loss for row, (loss, _, _) in PAPER[title].items() if loss is not None}
-    orders = {}
-    for name, report in ours.items():
-        own = {r["row"]: r["loss"]["mean"] for r in report.get("rows", []) if r["loss"]["mean"] is not None}
-        if losses and losses.keys() <= own.keys():
-            orders[name] = sorted(losses, key=own.__getitem__)
-    if not orders:
-        return []
-    orders = {"paper": sorted(losses, key=losses.__getitem__), **orders}
-    return ["By loss, the best first:", "", *(f"- {name}: {', '.join(rows)}" for name, rows in orders.items()), ""]
+def order(title: str, ours: list[Report]) -> list[str]:
+    """Who is best, by loss: the paper's order and ours, of all rows, and of those alone that one of our reports has."""
+    orders = {"paper": {row: loss for row, (loss, _, _) in PAPER[title].items() if loss is not None}}
+    for report in ours:
+        orders[heading(report)] = {r["row"]: r["loss"]["mean"] for r in report["rows"] if r["loss"]["mean"] is not None}
+    paper, *own = orders.values()
+    lines = []
+    for rows in dict.fromkeys(tuple(row for row in paper if row in losses) for losses in own):
+        if len(rows) > 1:
+            which = f", of only the {len(rows)} rows that were run in all of these" if len(rows) < len(paper) else ""
+            lines += [f"By loss, the best first{which}:", ""]
+            for name, losses in orders.items():
+                if losses.keys() >= set(rows):
+                    lines.append(f"- {name}: {', '.join(sorted(rows, key=losses.__getitem__))}")
+            lines.append("")
+    return lines
 
 
 def on_gpus(report: Report) -> bool:
@@ -148,21 +162,20 @@ def picture(report: Report, name: str) -> list[str]:
 
 
 def main() -> None:
-    small, matched, unmatched = map(read, ("ablation_small", "ablation", "ablation_unmatched"))
-    ours = {"matched": matched or {}, **({"released setting": unmatched} if unmatched else {})}
+    ours = {name: report for name in BESIDE if (report := read(name)) is not None}
     lines = ["## Beside the paper", ""]
-    if matched is None:
+    if not ours:
         lines += ["Ours have not been run yet at a size that could stand beside them.", ""]
     for title in PAPER:
-        lines += beside_the_paper(title, ours)
-    for name, report in {"ablation": matched, "ablation_unmatched": unmatched}.items():
-        if report is not None:
-            lines += [f"## All rows, {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
-            lines += [*all_rows(report), *picture(report, name)]
-    for name, heading in MORE.items():
+        lines += beside_the_paper(title, [*ours.values()])
+    for name, report in ours.items():
+        lines += [f"## All rows, {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
+        lines += [*all_rows(report), *picture(report, name)]
+    for name, title in MORE.items():
         report = read(name)
         if report is not None:
-            lines += [f"### {heading}", "", *all_rows(report)]
+            lines += [f"## {title}", "", *all_rows(report)]
+    small = read("ablation_small")
     if small is not None:
         lines += ["## The small comparison", "", *all_rows(small), *picture(small, "ablation_small")]
     page = PAGE.read_text(encoding="utf-8")

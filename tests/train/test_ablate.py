@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -266,6 +267,32 @@ def test_every_output_says_that_the_released_setting_is_unequal(
     report = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
     assert " --unmatched " in report["command"]
     assert report["plan"]["unmatched"]
+
+
+def test_the_command_of_a_report_does_the_same_again(
+    text: Path, done: tuple[Path, dict, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = Data(done[0] / "data").tokenizer.get_vocab()
+    (tmp_path / "base-vocab.txt").write_text(
+        "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)), encoding="utf-8"
+    )
+    (tmp_path / "held out.txt").write_text(sentences(30, seed=99), encoding="utf-8")
+    settings = {
+        "held_out": (tmp_path / "held out.txt",), "tokenizer": str(tmp_path / "base-vocab.txt"), "length": 16,
+        "batch_size": 8, "accumulate": 1, "steps": 1000, "learning_rate": 5e-4, "mask_rate": 0.3, "clip": 1.0,
+        "held_out_rows": 4096,
+    }  # fmt: skip
+    rows = ["add", "quasiseparable", "toeplitz-fixed"]
+    first = ablate(text, tmp_path / "first", size="paper", rows=rows, limit=0, jobs=1, say=quiet, **settings)
+    words = [*shlex.split(first["command"])[1:], "--limit", "0", "--jobs", "1", "--out", str(tmp_path / "second")]
+    assert main(words) == 0, capsys.readouterr().err
+    second = json.loads((tmp_path / "second" / "ablation.json").read_text(encoding="utf-8"))
+    assert second == json.loads(json.dumps(first))
+    assert len(second["unfinished"]) == len(rows) * 3
+    assert (second["plan"]["accumulate"], second["plan"]["clip"], second["plan"]["mask_rate"]) == (1, 1.0, 0.3)
+    for name in ("train.npy", "held_out.npy"):
+        files = [(tmp_path / out / "data" / name).read_bytes() for out in ("first", "second")]
+        assert files[0] == files[1]
 
 
 @pytest.mark.gpu
@@ -620,7 +647,13 @@ def test_a_result_stands_beside_the_papers(script: ModuleType, done: tuple[Path,
         assert f"| {name} | {paper} | {cells} | {cells} |\n" in text
         assert re.search(rf"\| {name} \| - \| {own[0]['parameters']:,} \| {re.escape(cells)} \|", text)
     assert "| add | 1.68 | 65.6 | 80.6 | - | - | - | - |" in text
-    assert "By loss" not in text  # there is an order where all rows are there
+    assert "By loss, the best first:" not in text  # that order is of all rows
+    losses = {row["row"]: row["loss"]["mean"] for row in done[1]["rows"]}
+    assert (
+        "By loss, the best first, of only the 3 rows that were run in all of these:\n\n"
+        "- paper: quasiseparable, toeplitz, dense-fixed\n"
+        f"- 0M, matched: {', '.join(sorted(losses, key=losses.__getitem__))}\n\n"
+    ) in text
     assert (script.DOCS / "pictures" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -640,8 +673,65 @@ def test_times_stand_on_the_page_where_a_gpu_took_them(script: ModuleType) -> No
 
 
 def test_the_orders_of_the_paper_and_of_ours_are_told(script: ModuleType) -> None:
+    def report(millions: int, *rows: str) -> dict:
+        found = [{"row": row, "parameters": millions * 10**6, "loss": {"mean": float(len(row))}} for row in rows]
+        return {"rows": found, "setting": "matched: all of it"}
+
     rows = list(script.PAPER["Table 3"])
-    report = {"rows": [{"row": row, "loss": {"mean": float(len(row))}} for row in rows]}
-    said = script.order("Table 3", {"matched": report})
-    assert "- paper: quasiseparable, add, concat, mult, semiseparable" in said
-    assert "- matched: add, mult, concat, semiseparable, quasiseparable" in said
+    diverged = {"row": "concat", "parameters": 7 * 10**7, "loss": {"mean": None}}
+    some = report(70, "mult", "quasiseparable", "dense-fixed", "add")
+    some["rows"].append(diverged)
+    whole = [
+        "By loss, the best first:",
+        "",
+        "- paper: quasiseparable, add, concat, mult, semiseparable",
+        "- 7M, matched: add, mult, concat, semiseparable, quasiseparable",
+        "",
+    ]
+    assert script.order("Table 3", [report(7, *rows)]) == whole
+    assert script.order("Table 3", [report(7, *rows), some]) == [
+        *whole,
+        "By loss, the best first, of only the 3 rows that were run in all of these:",
+        "",
+        "- paper: quasiseparable, add, mult",
+        "- 7M, matched: add, mult, quasiseparable",
+        "- 70M, matched: add, mult, quasiseparable",
+        "",
+    ]
+    assert script.order("Table 3", [report(70, "add")]) == script.order("Table 3", []) == []  # of one row it is none
+
+
+def test_the_papers_size_stands_beside_the_smaller_one(script: ModuleType) -> None:
+    smaller = script.read("ablation")
+    rows = ("quasiseparable", "attention", "add")
+    report = json.loads(json.dumps(smaller).replace("state 16 in", "state 64 in"))
+    report["plan"]["size"] = "paper"
+    for kind in ("rows", "runs"):
+        report[kind] = [{**found, "parameters": 69_900_123} for found in report[kind] if found["row"] in rows]
+    report["rows"][0]["loss"] = {"mean": 3.25, "spread": 0.125}
+    picture = script.DOCS / "pictures" / "ablation_paper.png"
+    (script.RESULTS / "ablation_paper.json").write_text(json.dumps(report), encoding="utf-8")
+    (script.RESULTS / "ablation_small.json").unlink()  # whose picture takes a second
+    script.main()
+    text = script.PAGE.read_text(encoding="utf-8")
+    head = "| | paper: loss | accuracy | GLUE | 7M, matched: loss | accuracy | 70M, matched: loss | accuracy |\n"
+    assert text.count(head) == len(script.PAPER)
+    cells = " | ".join(script.result(smaller, "quasiseparable"))
+    assert f"| quasiseparable | 1.84 | 63.3 | 79.7 | {cells} | 3.250 ± 0.125 | {cells.split(' | ')[1]} |\n" in text
+    assert f"| toeplitz | 1.91 | 61.9 | 77.7 | {' | '.join(script.result(smaller, 'toeplitz'))} | - | - |\n" in text
+    (section,) = (part for part in text.split("\n## ") if part.startswith("All rows, paper size, matched\n"))
+    assert re.findall(r"^\| (\w+) \| 16 \| 69,900,123 \|", section, re.MULTILINE) == [r["row"] for r in report["rows"]]
+    assert "![held-out loss by step of every row, matched: state 64 in every class, equal parameters]" in section
+    assert "](pictures/ablation_paper.png)" in section
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_results_the_paper_stands_alone(script: ModuleType) -> None:
+    shutil.rmtree(script.RESULTS)
+    script.main()
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert "Ours have not been run yet" in text
+    assert text.count("| | paper: loss | accuracy | GLUE |\n|---|---|---|---|\n") == len(script.PAPER)
+    assert "| add | 1.68 | 65.6 | 80.6 |\n" in text
+    assert "By loss" not in text
+    assert "## All rows" not in text
