@@ -27,7 +27,8 @@ NONE = "-"
 NO_TIMES = "Times a step are left out: on a CPU they are as much those of other programs as of the row."
 
 Report = dict[str, Any]
-PAPER = {  # held-out loss, masked accuracy in %, GLUE average; None: not in the paper
+# Of a row held-out loss, masked accuracy in %, GLUE average; None: not in the paper.
+PAPER: dict[str, dict[str, tuple[float | None, float | None, float | None]]] = {
     "Table 2": {
         "dense-fixed": (2.05, 59.6, 74.7),
         "toeplitz-fixed": (1.97, 60.8, 75.8),
