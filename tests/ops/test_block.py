@@ -125,19 +125,22 @@ def test_two_runs_agree_to_the_bit_and_recomputing_changes_nothing() -> None:
     assert same(trained(again, u), first)
 
 
-@pytest.mark.parametrize(("length", "of_one"), [(70, 32), (100, 64)])
-def test_a_long_row_that_is_computed_again_in_parts_gives_what_it_gave(length, of_one, monkeypatch) -> None:
+@pytest.mark.parametrize(("length", "of_one", "most", "count"), [(70, 32, 8, 3), (100, 32, 2, 2)])
+def test_a_long_row_that_is_computed_again_in_parts_gives_what_it_gave(
+    length, of_one, most, count, monkeypatch
+) -> None:
     """With three heads; the same bits from memory that may hold anything."""
     import hydra_ssm.ops.triton.block as block
 
     whole, u = layer(d_model=24), torch.randn(1, length, 24, device=DEVICE)
     monkeypatch.setattr(block, "RECOMPUTED", 32)
     monkeypatch.setattr(block, "OF_ONE", of_one)
+    monkeypatch.setattr(block, "PARTS", most)
     parts, seen = [], block.norm_backward
     monkeypatch.setattr(block, "norm_backward", lambda *a: parts.append(1) or seen(*a))
     again, where = like(whole, "triton", recompute=True), packed(0, 1, 40, length)
     first = trained(again, u, **where)
-    assert len(parts) == -(-length // of_one)
+    assert len(parts) == count
     for name, expected in trained(whole, u, **where).items():
         torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=2e-6 * expected.abs().max().item(), msg=name)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):

@@ -105,6 +105,15 @@ def test_a_long_row_that_is_computed_again_has_neither_y_nor_states_at_once(byte
     assert found == pytest.approx(OUT + PROJECTED + XBC + Y + DECAYS + 2 * H + borders + part, rel=0.01)
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16384), (4, 16384), (12, 32768)])
+def test_adjoint_states_are_there_for_16384_tokens_or_a_third_of_a_larger_batch(batch, tokens) -> None:
+    from hydra_ssm.ops.triton.plan import plan
+
+    x, B = (torch.empty(batch, 8192, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (24, 1))
+    how = plan(x, B, backward=True)
+    assert how.held * how.chunk == tokens
+
+
 class Linear:
     """A linear layer of a tensor that was computed, and what its backward pass gives."""
 
