@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,7 +52,7 @@ def captured(run: Run, device: torch.device) -> Run:
     disturbed by that.
     """
     with torch.cuda.device(device):
-        own, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        own, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(own)
         with torch.cuda.stream(side):  # what is chosen or allocated once must be so before the capture
             for _ in range(2):
@@ -66,6 +67,12 @@ def captured(run: Run, device: torch.device) -> Run:
             _renew_generator(device)
             raise
     return graph.replay
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: the matrix products of each stream have a workspace of their own, which stays."""
+    return torch.cuda.Stream(device)
 
 
 def _renew_generator(device: torch.device) -> None:
@@ -89,9 +96,9 @@ def _between_events(run: Run, caches: list[torch.Tensor | None]) -> list[float]:
     """Seconds of a run after overwriting each of the caches, queued without a wait in between."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in caches]
     torch.cuda.synchronize()
-    for cache, (start, end) in zip(caches, pairs, strict=True):
-        if cache is not None:
-            cache.zero_()
+    for flush, (start, end) in zip(caches, pairs, strict=True):
+        if flush is not None:
+            flush.zero_()
         start.record()
         run()
         end.record()
