@@ -61,8 +61,8 @@ PAPER: dict[str, dict[str, tuple[float | None, float | None, float | None]]] = {
     },
 }
 ABOUT = {
-    "Table 2": "12 layers, about 70M parameters, 24,000 steps of 4,096 x 128 tokens of C4",
-    "Table 3": "the same models, 70,000 steps",
+    "Table 2": "in the paper 12 layers, about 70M parameters, 24,000 steps of 4,096 x 128 tokens of C4",
+    "Table 3": "in the paper the same models, 70,000 steps",
     "Table 10": "what a Hydra has beyond two scans that are added: a free diagonal, a shift, both",
 }
 
@@ -170,7 +170,7 @@ def main() -> None:
     for title in PAPER:
         lines += beside_the_paper(title, [*ours.values()])
     for name, report in ours.items():
-        lines += [f"## All rows, {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
+        lines += [f"## The rows of {report['plan']['size']} size, {'un' * report['plan']['unmatched']}matched", ""]
         lines += [*all_rows(report), *picture(report, name)]
     for name, title in MORE.items():
         report = read(name)

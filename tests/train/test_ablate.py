@@ -636,6 +636,7 @@ def test_the_page_is_what_the_results_say(script: ModuleType) -> None:
 def test_a_result_stands_beside_the_papers(script: ModuleType, done: tuple[Path, dict, list[str]]) -> None:
     shutil.copy(done[0] / "ablation.json", script.RESULTS)
     shutil.copy(done[0] / "ablation.json", script.RESULTS / "ablation_unmatched.json")
+    (script.RESULTS / "ablation_paper.json").unlink()  # which would stand beside them
     script.main()
     text = script.PAGE.read_text(encoding="utf-8")
     assert "have not been run" not in text
@@ -719,7 +720,7 @@ def test_the_papers_size_stands_beside_the_smaller_one(script: ModuleType) -> No
     cells = " | ".join(script.result(smaller, "quasiseparable"))
     assert f"| quasiseparable | 1.84 | 63.3 | 79.7 | {cells} | 3.250 ± 0.125 | {cells.split(' | ')[1]} |\n" in text
     assert f"| toeplitz | 1.91 | 61.9 | 77.7 | {' | '.join(script.result(smaller, 'toeplitz'))} | - | - |\n" in text
-    (section,) = (part for part in text.split("\n## ") if part.startswith("All rows, paper size, matched\n"))
+    (section,) = (part for part in text.split("\n## ") if part.startswith("The rows of paper size, matched\n"))
     assert re.findall(r"^\| (\w+) \| 16 \| 69,900,123 \|", section, re.MULTILINE) == [r["row"] for r in report["rows"]]
     assert "![held-out loss by step of every row, matched: state 64 in every class, equal parameters]" in section
     assert "](pictures/ablation_paper.png)" in section
@@ -734,4 +735,4 @@ def test_without_results_the_paper_stands_alone(script: ModuleType) -> None:
     assert text.count("| | paper: loss | accuracy | GLUE |\n|---|---|---|---|\n") == len(script.PAPER)
     assert "| add | 1.68 | 65.6 | 80.6 |\n" in text
     assert "By loss" not in text
-    assert "## All rows" not in text
+    assert "## The rows of" not in text
