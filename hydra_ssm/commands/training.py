@@ -33,7 +33,7 @@ class Settings:
     column: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: text)")] = None
     """The column of a data set that holds its texts."""
     tokenizer: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: train one)")] = None
-    """A folder with a tokenizer, or a vocab.txt."""
+    """A folder with a tokenizer, or a vocab.txt. Shards and --model have their own."""
     vocab_size: Annotated[int | None, _by_preset("N")] = None
     """Most tokens of a trained tokenizer."""
     length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128)")] = None
@@ -81,6 +81,7 @@ def pretrain(
     /,
     *,
     preset: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: hydra-tiny)")] = None,
+    model: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="(default: new weights)")] = None,
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")] = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -94,18 +95,26 @@ def pretrain(
         hydra-ssm pretrain Salesforce/wikitext:wikitext-2-raw-v1 --preset hydra-tiny --steps 2000
         hydra-ssm pretrain shards/ --preset hydra-base
         hydra-ssm pretrain --out runs/mine --resume
+        hydra-ssm pretrain letters/ --model runs/mine --steps 500 --learning-rate 1e-3 --out runs/letters
         torchrun --nproc-per-node 8 --no-python hydra-ssm pretrain shards/ --preset hydra-base --out runs/base
         torchrun --nproc-per-node 2 --no-python hydra-ssm pretrain --out runs/base --resume --accumulate 4
 
     Under torchrun or accelerate launch, a step has the same rows, masks and loss whatever the number of processes, and
     a run may go on with another one; docs/training.md has the details.
 
+    A run's length is part of it: the learning rate falls until the last step. To train a finished model further, on its
+    own text or another, begin a run with --model.
+
     Args:
         sources: Text files, folders of them, files of a data set (.jsonl, .parquet, .csv), the name of one on the
             Hugging Face Hub (NAME or NAME:CONFIGURATION), or a folder that data prepare wrote, which has a tokenizer,
             a length and held-out rows of its own. None: the language reference that Python carries.
         preset: A size of model: hydra-tiny, bert-tiny, hydra-base, bert-base, ...
-        out: The folder of the run: model, tokenizer, model card, and what is needed to resume.
+        model: Begin with a model's weights, sizes and tokenizer: a folder that pretrain or convert wrote, or
+            save_pretrained with the model and its tokenizer; or the name of such a model on the Hugging Face Hub. The
+            schedule is a new one; settings that are not given follow the preset that has the model's sizes.
+        out: The folder of the run: model, tokenizer, model card, and what is needed to resume. With --model,
+            runs/MODEL-further if not given.
         resume: Go on with the run in --out from its newest checkpoint; its settings are known. Of them, --accumulate,
             --sharding, --compile, --activation-checkpointing, --report-to and --save-every may change.
         overwrite: Start again where there is a run.
@@ -122,19 +131,21 @@ def pretrain(
 
     given = {name: value for name, value in asdict(settings).items() if value is not None and value is not False}
     given |= {"sources": sources} if sources else {}
-    out = out or Path("runs") / (preset or "hydra-tiny")
+    given |= {"model": model} if model else {}
+    further = f"{Path(model).resolve().name}-further" if model else None
+    out = out or Path("runs") / (further or preset or "hydra-tiny")
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
     again = restarted() and RunFolder(out).exists()  # the launcher repeats the command after a process has died
     if resume or again:
         recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
     else:
-        recipe = Recipe.of(preset or "hydra-tiny", **settings_of(sources) | given)
+        recipe = Recipe.of(preset or (None if model else "hydra-tiny"), **settings_of(sources) | given)
         score = start(recipe, out, overwrite=overwrite)
     if not is_first():
         return
     if score is None:
-        print(f"the run in {out} has ended already")
+        print(f"the run in {out} has ended already: --model {out} --out NEW trains its model further")
     else:
         print(
             f"saved {out}: held-out loss {score.loss:.3f}, masked accuracy {score.accuracy:.1%}; more in its README.md"

@@ -166,6 +166,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Fields that no weight and no product depends on, or that follow from a tokenizer.
+_NO_SIZES = {
+    "vocab_size", "pad_token_id", "embedding_dropout", "hidden_dropout", "classifier_dropout", "initializer_range",
+    "num_hidden_layers", "mixers",
+}  # fmt: skip
+
+
+def differences(config: HydraConfig, other: HydraConfig) -> list[str]:
+    """Names of what sets two models apart, whatever their words, their dropout and how they were initialised."""
+    names = [name for name in HydraConfig.__annotations__ if name not in _NO_SIZES]
+    return [
+        name for name in ["num_hidden_layers", "layer_mixers", *names] if getattr(config, name) != getattr(other, name)
+    ]
+
+
 def preset(name: str, **changes: Any) -> HydraConfig:
     """The configuration of a preset, with `changes` to its fields.
 

@@ -38,11 +38,36 @@ class Filling(NamedTuple):
 def load(
     folder: Path, kind: type[HydraPreTrainedModel], **options: Any
 ) -> tuple[HydraPreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The model of a folder that `save_pretrained` or `hydra-ssm pretrain` wrote as one of `kind`, its tokenizer, and
-    whether the folder lacks weights of its head. `options` go to `from_pretrained`.
+    """As `load_model`, with the folder's tokenizer in the middle, which must be there too."""
+    model, lacks_head = load_model(folder, kind, **options)
+    try:
+        with quiet():
+            return model, load_tokenizer(folder), lacks_head
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+
+
+def load_model(folder: Path, kind: type[HydraPreTrainedModel], **options: Any) -> tuple[HydraPreTrainedModel, bool]:
+    """The model of a folder that `save_pretrained` or `hydra-ssm pretrain` wrote as one of `kind`, and whether the
+    folder lacks weights of its head. `options` go to `from_pretrained`.
 
     Raises ValueError where the folder holds no such model, or weights that are not those of its configuration.
     """
+    load_config(folder)
+    try:
+        with quiet():
+            loaded: Any = kind.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        model, report = loaded
+        _check_weights(report)
+    except UNREADABLE as error:
+        raise _unreadable(folder, error) from error
+    return model.eval(), bool(report["missing_keys"])
+
+
+def load_config(folder: Path) -> HydraConfig:
+    """The configuration of such a folder. Raises ValueError where it holds no model of this library."""
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         unfinished = (folder / "training" / "recipe.json").is_file()
         hint = f": its run has not ended, go on with hydra-ssm pretrain --out {folder} --resume" if unfinished else ""
@@ -51,17 +76,14 @@ def load(
         found = _config(folder).get("model_type")
         if found != HydraConfig.model_type:
             raise ValueError(f"the model_type of config.json must be {HydraConfig.model_type}, got {found}")
-        with quiet():
-            loaded: Any = kind.from_pretrained(
-                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-            tokenizer = load_tokenizer(folder)
-        model, report = loaded
-        _check_weights(report)
+        return HydraConfig.from_pretrained(folder)
     except UNREADABLE as error:
-        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        raise ValueError(f"{folder} holds no model that can be read: {str(reason).splitlines()[0]}") from error
-    return model.eval(), tokenizer, bool(report["missing_keys"])
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    return ValueError(f"{folder} holds no model that can be read: {str(reason).splitlines()[0]}")
 
 
 def saved_kind(folder: Path) -> str:

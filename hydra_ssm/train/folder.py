@@ -2,6 +2,7 @@
 
 config.json, model.safetensors, tokenizer files, README.md, loss.png, metrics.json    the result
 training/recipe.json, config.json, tokenizer/, train/, held_out/                       what it is made of
+training/model.safetensors                                    the weights that it began with, if they are another's
 training/checkpoints/, tensorboard/                                                    how far it is
 training/finished.json                                                                 the files of the result
 """
@@ -50,9 +51,12 @@ class RunFolder:
             raise UserError(f"{self.path} must be a folder, it is a file")
         if self.exists():
             if not overwrite:
-                raise UserError(
-                    f"{self.path} already holds a run: add --resume to go on, or --overwrite to start again"
+                way = (
+                    f"--model {self.path} --out NEW to train its model further"
+                    if self.result()
+                    else "--resume to go on"
                 )
+                raise UserError(f"{self.path} already holds a run: add {way}, or --overwrite to start again")
             return
         entries = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         foreign = [name for name in entries if not name.startswith(UNFINISHED)]

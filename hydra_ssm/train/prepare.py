@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..text import HydraConfig, preset
+from ..text import HydraConfig, HydraForMaskedLM, preset
 from ..text.collators import MaskedLMCollator
 from ..text.tokenizer import load_tokenizer, train_tokenizer
 from .baseline import Score, token_counts, unigram
@@ -22,6 +24,7 @@ from .packing import PackedRows, pieces
 from .recipe import Recipe
 from .rows import EvaluationRows, TrainingRows
 from .sources import Corpus, open_corpus
+from .start import Start
 from .trainer import arguments
 
 EVALUATION_RATE = 0.15  # of the held-out tokens are hidden
@@ -31,37 +34,46 @@ TOKENIZER_TEXT = 50_000_000  # characters that a tokenizer is trained on; more o
 
 
 def prepare(recipe: Recipe, folder: Path) -> None:
-    """Fill a new folder with recipe.json, config.json, tokenizer/, train/ and held_out/.
+    """Fill a new folder with recipe.json, config.json, tokenizer/, train/ and held_out/; where the run begins with the
+    weights of a model, with these, too.
 
     Raises UserError where the recipe, the text or the tokenizer is no good: all that a run reads is read once.
     """
-    config = _config(recipe)
+    start = Start(recipe.model, recipe.preset, recipe.seed) if recipe.model is not None else None
+    config = _config(recipe, start)
     if any(map(is_shards, recipe.sources)):
-        tokenizer = _from_shards(recipe, folder)
+        tokenizer = _from_shards(recipe, folder, start)
     else:
-        tokenizer = _from_text(recipe, folder)
-    config.vocab_size = -(-len(tokenizer) // 8) * 8
-    config.pad_token_id = tokenizer.pad_token_id
+        tokenizer = _from_text(recipe, folder, start)
+    if start is None:
+        config.vocab_size = -(-len(tokenizer) // 8) * 8
+        config.pad_token_id = tokenizer.pad_token_id
     if config.max_position_embeddings > 0:
         tokenizer.model_max_length = config.max_position_embeddings  # where truncation=True cuts
-    config.save_pretrained(folder)
+    (start.model if start else config).save_pretrained(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")
     arguments(recipe, folder)
     Prepared(recipe, folder)
 
 
-def _from_text(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+def _from_text(recipe: Recipe, folder: Path, start: Start | None) -> PreTrainedTokenizerBase:
     """Rows of the recipe's text, and their tokenizer."""
     corpus = open_corpus(recipe.sources, recipe.held_out, recipe.column)
-    tokenizer = make_tokenizer(recipe, corpus)
+    if start is None:
+        tokenizer = make_tokenizer(recipe, corpus)
+    else:
+        given = None if recipe.tokenizer is None else make_tokenizer(recipe, corpus)
+        tokenizer = start.tokenizer(
+            given, f"the tokenizer {recipe.tokenizer}", "leave it out, or begin without --model"
+        )
     for name, held_out in (("train", False), ("held_out", True)):
         _write(folder / name, (text for is_held_out, text in corpus if is_held_out == held_out), tokenizer, recipe)
         _check_rows(PackedRows(folder / name), recipe, tokenizer, held_out)
     return tokenizer
 
 
-def _from_shards(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+def _from_shards(recipe: Recipe, folder: Path, start: Start | None) -> PreTrainedTokenizerBase:
     """The tokenizer of shards, whose rows stay where they are. Those held out are theirs, or of the recipe's text."""
     if len(recipe.sources) > 1:
         raise UserError(f"shards must be the only source, got {', '.join(recipe.sources)}: prepare them together")
@@ -77,6 +89,9 @@ def _from_shards(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
             "(or --documents paragraph), or give --held-out here"
         )
     tokenizer = load_tokenizer(shards / "tokenizer")
+    if start is not None:
+        again = f"prepare the text again with hydra-ssm data prepare ... --tokenizer {shlex.quote(str(start.folder))}"
+        start.tokenizer(tokenizer, f"the tokenizer of the shards {recipe.sources[0]}", again)
     _check_rows(ShardRows(shards, "train"), recipe, tokenizer, held_out=False)
     if recipe.held_out:
         corpus = open_corpus(recipe.held_out, column=recipe.column)
@@ -122,8 +137,8 @@ def check_known(tokens: NDArray[np.integer] | TokenSequence, tokenizer: PreTrain
     if unknown > MOST_UNKNOWN * words or not words:
         raise UserError(
             f"the tokenizer must know the text, it finds {words:,} words or parts of words in it and has a token for "
-            f"{words - unknown:,} of them: leave out --tokenizer to train one, and put spaces into words of more "
-            "than 100 letters, as sequences of DNA or proteins are (docs/data.md)"
+            f"{words - unknown:,} of them: leave out --tokenizer or --model to train one, and put spaces into "
+            "words of more than 100 letters, as sequences of DNA or proteins are (docs/data.md)"
         )
     if unknown > SOME_UNKNOWN * words:
         warnings.warn(f"the tokenizer does not know {unknown / words:.0%} of the text's words", stacklevel=2)
@@ -136,7 +151,7 @@ class Prepared:
     """
 
     def __init__(self, recipe: Recipe, folder: Path, baseline: Score | None = None) -> None:
-        self.recipe = recipe
+        self.recipe, self.folder = recipe, folder
         self.config = HydraConfig.from_pretrained(folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / "tokenizer")
         found = _open_rows(folder, check=baseline is None)
@@ -147,16 +162,21 @@ class Prepared:
         self.evaluation = EvaluationRows(self.held_out_rows, most), MaskedLMCollator(self.tokenizer, EVALUATION_RATE)
         self.baseline = baseline or unigram(self.train_rows.tokens, *self.evaluation)
 
+    def model(self) -> HydraForMaskedLM:
+        """With the weights that the run begins with: those of another, or new ones, by torch's seed."""
+        if self.recipe.model is None:
+            return HydraForMaskedLM(self.config)
+        return HydraForMaskedLM.from_pretrained(self.folder, dtype=torch.float32)
 
-def _config(recipe: Recipe) -> HydraConfig:
+
+def _config(recipe: Recipe, start: Start | None) -> HydraConfig:
     try:
-        config = preset(recipe.preset)
+        config = start.model.config if start else preset(recipe.preset or "")
     except ValueError as error:
         raise UserError(str(error)) from error
     if 0 < config.max_position_embeddings < recipe.length:
-        raise UserError(
-            f"length must be at most {config.max_position_embeddings} for {recipe.preset}, got {recipe.length}"
-        )
+        whose = recipe.model or recipe.preset
+        raise UserError(f"length must be at most {config.max_position_embeddings} for {whose}, got {recipe.length}")
     return config
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +12,6 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
-from ..text import HydraForMaskedLM
 from ..text.messages import quiet
 from .baseline import Score
 from .checkpoints import newest_whole, remove_unfinished
@@ -23,7 +21,7 @@ from .folder import RunFolder
 from .prepare import Prepared, prepare
 from .progress import ProgressBar, StopOnSignal
 from .recipe import Recipe
-from .report import write_report
+from .report import perplexity, write_report
 from .reporters import check_installed, reporting
 from .trainer import EvaluateAtTheEnd, EvaluationInterrupted, GivenIntervals, MaskedLMTrainer, arguments, evaluated
 
@@ -46,6 +44,8 @@ def pretrain(recipe: Recipe, out: Path, *, overwrite: bool = False) -> Score:
 
     def begin() -> None:
         check_installed(recipe.report_to)
+        if recipe.model is not None and Path(recipe.model).expanduser().resolve() == out.resolve():
+            raise UserError(f"{out} holds the model that the run begins with: choose another --out")
         folder.check_free(overwrite)
         with Console().status("reading the text"), quiet(), folder.begin(overwrite) as part:
             prepare(recipe, part)
@@ -131,7 +131,7 @@ class Run:
             if step < self.recipe.steps or not evaluated(trainer.state):
                 assert stop.received is not None
                 raise Stopped(step, self.recipe.steps, stop.received, self.folder.path)
-        score = self._score(trainer.state.log_history)
+        score = self._scores(trainer.state.log_history)[-1]
         weights = trainer.whole_model()
         self.team.first_does(lambda: self._finish(trainer, weights, score))
         if not score.loss < self.baseline.loss:
@@ -149,15 +149,15 @@ class Run:
             self.data.tokenizer.save_pretrained(part)
             write_report(part, self.recipe, self._facts(trainer, score), trainer.state.log_history)
 
-    def _score(self, history: list[dict[str, float]]) -> Score:
-        """Of the evaluation after the last step."""
-        last = next(entry for entry in reversed(history) if "eval_loss" in entry)
-        return Score(last["eval_loss"], last["eval_masked_accuracy"], self.baseline.tokens)
+    def _scores(self, history: list[dict[str, float]]) -> list[Score]:
+        """Of all evaluations, the last one after the last step."""
+        found = [entry for entry in history if "eval_loss" in entry]
+        return [Score(e["eval_loss"], e["eval_masked_accuracy"], self.baseline.tokens) for e in found]
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> MaskedLMTrainer:
         set_seed(self.recipe.seed)
         return MaskedLMTrainer(
-            HydraForMaskedLM(self.data.config),
+            self.data.model(),
             arguments(self.recipe, self.folder.checkpoints),
             self.data.training,
             self.data.evaluation,
@@ -165,7 +165,7 @@ class Run:
             recipe=self.recipe,
             asked=next((c.agreed for c in callbacks if isinstance(c, StopOnSignal)), lambda: False),
             processing_class=self.data.tokenizer,
-            callbacks=[*callbacks, GivenIntervals(), EvaluateAtTheEnd()],
+            callbacks=[*callbacks, GivenIntervals(evaluate_first=self.recipe.model is not None), EvaluateAtTheEnd()],
         )
 
     def _facts(self, trainer: MaskedLMTrainer, score: Score) -> dict[str, Any]:
@@ -174,9 +174,10 @@ class Run:
         return {
             "data": ", ".join(recipe.sources) or DEFAULT_NAME,
             "model": score,
+            **({"start": self._scores(trainer.state.log_history)[0]} if recipe.model is not None else {}),
             "baseline": self.baseline,
-            "model_perplexity": _perplexity(score),
-            "baseline_perplexity": _perplexity(self.baseline),
+            "model_perplexity": perplexity(score),
+            "baseline_perplexity": perplexity(self.baseline),
             "training_tokens": tokens,
             "held_out_tokens": len(data.held_out_rows.tokens),
             "held_out_rows": len(data.held_out_rows),
@@ -188,10 +189,6 @@ class Run:
             "processes": self.team.size,
             "example": example(recipe),
         }
-
-
-def _perplexity(score: Score) -> float:
-    return math.exp(min(score.loss, 700.0))  # JSON has no infinity
 
 
 def example(recipe: Recipe) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from .data.shards import is_shards
 from .errors import UserError
 from .sources import TEXT_COLUMN
+from .start import preset_of
 
 # A small text on a CPU: about three minutes on 2 cores. Other presets take the paper's numbers, the defaults below.
 SMALL = {
@@ -37,6 +40,9 @@ class Recipe:
     """Settings of a run. The defaults are the paper's for its Table 4; `of` takes the preset's.
 
     Args:
+        preset: the model's size; None for what `model` has, or any size.
+        model: a folder that pretrain, convert or save_pretrained wrote, or a name on the Hugging Face Hub: the run
+            begins with its weights and keeps its tokenizer. None for new weights.
         sources: text files, folders or data set names; none for Python's language reference.
         held_out: the same, to evaluate on; none for a twentieth of the sources.
         column: of a data set, that holds its texts.
@@ -57,7 +63,7 @@ class Recipe:
         UserError: a setting out of its range.
     """
 
-    preset: str
+    preset: str | None
     sources: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     column: str = TEXT_COLUMN
@@ -79,14 +85,23 @@ class Recipe:
     compile: bool = False
     activation_checkpointing: bool = False
     report_to: tuple[str, ...] = ("tensorboard",)
+    model: str | None = None
 
     @classmethod
-    def of(cls, preset: str, *, tokens: int | None = None, **given: Any) -> Self:
+    def of(cls, preset: str | None = None, *, tokens: int | None = None, **given: Any) -> Self:
         """The recipe of a preset, with what is given in place of its numbers.
 
-        tokens: train until at least so many were read, in full rows; instead of steps.
+        Args:
+            preset: None for the one that has the sizes of `model`; of other sizes, the numbers are the paper's.
+            tokens: train until at least so many were read, in full rows; instead of steps.
+
+        Raises:
+            UserError: also where `model` is needed and cannot be read, or a vocabulary's size is given for nothing.
         """
-        settings = {**BY_PRESET.get(preset, {}), **given}
+        _check_vocabulary(given)
+        if preset is None and given.get("model") is not None:
+            preset = preset_of(given["model"])
+        settings = {**BY_PRESET.get(preset or "", {}), **given}
         if tokens is not None:
             settings["steps"] = _steps(cls, tokens, settings, "steps" in given)
         steps = settings.get("steps", cls.steps)
@@ -94,6 +109,8 @@ class Recipe:
         return cls(preset, **{name: min(number, MOST_LOST) for name, number in every.items()} | settings)
 
     def __post_init__(self) -> None:
+        if self.preset is None and self.model is None:
+            raise UserError("a run needs a preset or a model to begin with, got neither")
         # [CLS], a token, [SEP]; five special tokens and another
         least = {"length": 3, "vocab_size": 6, "seed": 0, "evaluation_tokens": 0}
         for field in fields(self):
@@ -121,8 +138,17 @@ class Recipe:
             given["steps"] = _steps(type(self), tokens, asdict(self), "steps" in given)
         for name, value in given.items():
             if name not in HOW and getattr(self, name) != value:
-                raise UserError(f"{name} is {getattr(self, name)} in the run that goes on in {out}, got {value}")
+                more = self._longer(value, out) if name == "steps" and value > self.steps else ""
+                raise UserError(f"{name} is {getattr(self, name)} in the run that goes on in {out}, got {value}{more}")
         return replace(self, **given)
+
+    def _longer(self, steps: int, out: object) -> str:
+        """What to do instead of more steps."""
+        words = ["hydra-ssm", "pretrain", *self.sources, "--model", str(out), "--seed", str(self.seed + 1)]
+        return (
+            f": a run of {steps} has had other learning rates all the way. When this one has ended, train its model "
+            f"further, by a schedule of its own: {shlex.join(words)} --steps {steps - self.steps} --out NEW"
+        )
 
     def to_json(self) -> str:
         """All settings."""
@@ -136,6 +162,25 @@ class Recipe:
             return cls(**found | {name: tuple(found[name]) for name in SEVERAL if name in found})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the settings of a run: {error}") from None
+
+
+def _check_vocabulary(given: Mapping[str, Any]) -> None:
+    """A vocabulary's size is for a tokenizer that is trained."""
+    size, shards = given.get("vocab_size"), [source for source in given.get("sources", ()) if is_shards(source)]
+    if size is None:
+        return
+    if given.get("model") is not None:
+        raise UserError(f"a model keeps its tokenizer, vocab_size = {size} is for a new one: leave out --vocab-size")
+    if shards:
+        raise UserError(
+            f"shards have a tokenizer, vocab_size = {size} is for a new one: leave out --vocab-size, or prepare the "
+            f"text again with hydra-ssm data prepare ... --vocab-size {size}"
+        )
+    if given.get("tokenizer") is not None:
+        raise UserError(
+            f"vocab_size = {size} is for a tokenizer that is trained, got one, {given['tokenizer']}: leave out "
+            "--vocab-size, or --tokenizer"
+        )
 
 
 def _steps(recipe: type[Recipe], tokens: int, settings: Mapping[str, Any], given: bool) -> int:

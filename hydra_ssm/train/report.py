@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ pipeline_tag: fill-mask
 tags: [hydra-ssm, masked-lm]
 ---
 
-# {preset}, pretrained on {data}
+# {name}, pretrained on {data}
 
-A bidirectional text encoder that predicts hidden words, trained with `hydra-ssm pretrain`.
+A bidirectional text encoder that predicts hidden words, trained with `hydra-ssm pretrain`{beginning}.
 
 | on held-out text | loss (nats) | perplexity | masked accuracy |
 |---|---|---|---|
-| this model | {model.loss:.3f} | {model_perplexity:.1f} | {model.accuracy:.1%} |
+| this model | {model.loss:.3f} | {model_perplexity:.1f} | {model.accuracy:.1%} |{before}
 | word frequencies alone | {baseline.loss:.3f} | {baseline_perplexity:.1f} | {baseline.accuracy:.1%} |
 
 Both on the same {model.tokens:,} hidden tokens, 0.15 of those in {evaluation_rows:,} of the {held_out_rows:,} held-out
@@ -62,8 +63,25 @@ def write_report(folder: Path, recipe: Recipe, facts: dict[str, Any], history: l
     metrics = {**facts, **scores, "history": history}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     draw_loss(folder / "loss.png", history, facts["baseline"].loss)
-    card = CARD.format(**vars(recipe), **facts)
+    card = CARD.format(**vars(recipe) | facts | _beginning(recipe, facts))
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _beginning(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:
+    """What the card says of the model that the run began with, if there was one."""
+    if recipe.model is None:
+        return {"name": str(recipe.preset), "beginning": "", "before": ""}
+    score: Score = facts["start"]
+    return {
+        "name": recipe.preset or Path(recipe.model).resolve().name,
+        "beginning": f" from the weights of {recipe.model}",
+        "before": f"\n| {recipe.model}, before | {score.loss:.3f} | {perplexity(score):.1f} | {score.accuracy:.1%} |",
+    }
+
+
+def perplexity(score: Score) -> float:
+    """Of its loss."""
+    return math.exp(min(score.loss, 700.0))  # JSON has no infinity
 
 
 def draw_loss(path: Path, history: list[dict[str, float]], baseline: float) -> None:

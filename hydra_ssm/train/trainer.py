@@ -311,12 +311,17 @@ class GivenIntervals(TrainerCallback):
     """Trainer goes on with the intervals of its checkpoint; those of a resumed run may be others.
 
     An evaluation that a signal ended is the first that a resumed run does.
+
+    evaluate_first: also before the first step.
     """
+
+    def __init__(self, evaluate_first: bool = False) -> None:
+        self.evaluate_first = evaluate_first
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)
         step = state.global_step
-        due = step and (step % state.eval_steps == 0 or step == state.max_steps)
+        due = step % state.eval_steps == 0 or step == state.max_steps if step else self.evaluate_first
         args.eval_on_start = bool(due) and not evaluated(state)
 
 

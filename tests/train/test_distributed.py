@@ -59,13 +59,22 @@ def recipe(text: str, **changes: Any) -> dict[str, Any]:
     return {**SETTINGS, "sources": [text], **changes}
 
 
+def further(text: str, one: Path, **changes: Any) -> dict[str, Any]:
+    """A run that begins with that one's weights."""
+    settings = recipe(text, model=str(one), **changes)
+    del settings["vocab_size"]
+    return settings
+
+
 @pytest.fixture(scope="module")
-def teams(base: Path, text: str) -> Path:
+def teams(base: Path, text: str, one: Path) -> Path:
     """What two processes find, and four after them."""
     two = [
         {"out": "ddp2", "recipe": recipe(text)},
         {"out": "fsdp2", "recipe": recipe(text, sharding="fsdp2", activation_checkpointing=True)},
         {"out": "again2", "goes_on": "ddp2"},
+        {"out": "ddp2-further", "recipe": further(text, one)},
+        {"out": "fsdp2-further", "recipe": further(text, one, sharding="fsdp2")},
         {"out": "ddp2-bf16", "recipe": recipe(text, precision="bf16", steps=2)},
         {"out": "fsdp2-bf16", "recipe": recipe(text, precision="bf16", steps=2, sharding="fsdp2")},
     ]
@@ -73,6 +82,7 @@ def teams(base: Path, text: str) -> Path:
         {"out": "idle4", "recipe": recipe(text, accumulate=3, sharding="fsdp2")},  # 2 rows for 4 processes
         {"out": "again4", "goes_on": "ddp2", "how": {"sharding": "fsdp2"}},  # 6 rows for 4 processes
         {"out": "again4-fsdp", "goes_on": "fsdp2", "how": {"accumulate": 2}},
+        {"out": "again4-further", "goes_on": "fsdp2-further"},
     ]
     for job in (*two, *four):
         job |= {name: str(base / job[name]) for name in ("out", "goes_on") if name in job} | {"step": 2}
@@ -120,6 +130,16 @@ def test_the_same_processes_go_on_to_the_last_bit(teams: Path) -> None:
 @pytest.mark.parametrize("name", ["again4", "again4-fsdp"])
 def test_four_processes_go_on_from_what_two_saved(name: str, one: Path, teams: Path) -> None:
     assert_same_losses(teams / name, one)
+
+
+def test_processes_begin_with_the_weights_of_a_model_as_one_does(
+    one: Path, teams: Path, text: str, tmp_path: Path
+) -> None:
+    settings = further(text, one)
+    pretrain(Recipe.of("hydra-tiny", **settings | {"sources": (text,)}), tmp_path)
+    assert len(losses(tmp_path)) == 7  # one before the first step
+    for name in ("ddp2-further", "fsdp2-further", "again4-further"):
+        assert_same_losses(teams / name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ddp2", "fsdp2"])
