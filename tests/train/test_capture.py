@@ -136,8 +136,9 @@ def test_a_capture_that_fails_disturbs_nothing_that_comes_after(
 ) -> None:
     """Whatever it fails of; where memory is short the run fails, else it goes on without a graph."""
     own, after, said = MagicMock(), [], []
-    for name in ("Stream", "stream", "device", "CUDAGraph"):
+    for name in ("stream", "device", "current_device", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(clock, "_side_stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: own)
     monkeypatch.setattr(torch.cuda, "graph", MagicMock(side_effect=problem("stream is capturing\nmore")))
     monkeypatch.setattr(torch.cuda, "set_stream", after.append)
@@ -171,13 +172,13 @@ def test_without_a_graph_there_is_no_bound(monkeypatch: pytest.MonkeyPatch) -> N
     assert made.doubt() == ""
 
 
-def on_gpu(graph: bool, dropout: float) -> Trainee:
+def on_gpu(graph: bool, dropout: float, compile: bool = False) -> Trainee:
     """A model with values, ready for steps."""
     torch.manual_seed(0)
     given = config(Plan.of("small", {"layers": 2, "length": 16, "unmatched": True}), "quasiseparable", 64)
-    given.embedding_dropout = dropout
+    given.embedding_dropout = given.hidden_dropout = dropout
     made = Trainee(
-        HydraForMaskedLM(given), 1e-3, 0.01, 0.5, torch.device("cuda"), How(graph=graph, compile=False), print
+        HydraForMaskedLM(given), 1e-3, 0.01, 0.5, torch.device("cuda"), How(graph=graph, compile=compile), print
     )
     made.warm_up(batch(0, 1)[0])
     assert made.graph == graph
@@ -238,8 +239,9 @@ def test_parts_of_a_replayed_step_are_added_up() -> None:
 
 
 @pytest.mark.gpu
-def test_dropout_in_a_replay_follows_from_the_seed_of_the_step() -> None:
-    made = on_gpu(True, 0.3)
+@pytest.mark.parametrize("compile", [False, True])
+def test_dropout_in_a_replay_follows_from_the_seed_of_the_step(compile: bool) -> None:
+    made = on_gpu(True, 0.3, compile)
     losses = []
     for seed in (1, 1, 2):
         made.step(batch(0, 1), 0.0, seed)  # a rate of 0 leaves the weights
