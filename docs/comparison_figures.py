@@ -8,13 +8,15 @@ Reads what `hydra-ssm compare` wrote, by default results/comparison.json.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from hydra_ssm.train.comparison.plan import MODELS, TEXTS
-from hydra_ssm.train.comparison.report import MARK, differences, draw_curves, draw_lengths, edges, elsewhere
+from hydra_ssm.train.comparison.plan import MODELS, NORMS, TEXTS, Choice, Plan
+from hydra_ssm.train.comparison.report import MARK, differences, draw_curves, draw_lengths, elsewhere
+from hydra_ssm.train.comparison.tuning import best, edges, scores
 from hydra_ssm.train.finetune.tasks import TASKS
 
 DOCS = Path(__file__).parent
@@ -35,7 +37,7 @@ def with_spread(value: dict[str, float | None] | None, form: str, scale: float =
     return f"{scale * value['mean']:{form}}{spread}"
 
 
-def scores(summary: Summary) -> list[str]:
+def quality(summary: Summary) -> list[str]:
     """Loss and accuracy of both texts."""
     return [
         cell
@@ -94,17 +96,42 @@ def marked(report: Report, summary: Summary) -> str:
 
 
 def rates(report: Report) -> list[str]:
-    """The grid."""
-    body = []
-    for rate in report["plan"]["rates"]:
-        own = {r["model"]: r for r in report["runs"] if r["stage"] == "rate" and r["rate"] == rate}
-        cells = [
-            "diverged" if "diverged" in own[m] else f"{own[m]['losses'][TEXTS[0]]:.3f}" for m in MODELS if m in own
-        ]
-        body.append([f"{rate:g}", *cells])
-    title = f"### Learning rates: held-out loss on books after {report['plan']['rate_tokens']:,} tokens"
-    ends = [*filled(" ".join(edges(report))), ""] if edges(report) else []
-    return [title, "", *rows(["peak", *MODELS], body), *ends]
+    """All that was tried, and what was taken."""
+    plan, runs = Plan.of(report["plan"]), report["runs"]
+    columns = [(model, norm) for model in MODELS for norm in plan.norms]
+    tried = {column: scores(runs, *column) for column in columns}
+    taken = {model: best(runs, model, plan.norms) for model in MODELS}
+
+    def cell(model: str, norm: str, rate: float) -> str:
+        score = tried[model, norm].get(rate)
+        text = NONE if score is None else f"{-score:.3f}" if math.isfinite(score) else "diverged"
+        return f"**{text}**" if taken[model] == Choice(norm, rate) else text
+
+    body = [
+        [f"{rate:g}", *(cell(*column, rate) for column in columns)]
+        for rate in sorted({rate for found in tried.values() for rate in found})
+    ]
+    title = f"### Norm and learning rate: held-out loss on books after {plan.rate_tokens:,} tokens"
+    header = ["peak", *(f"{model}, {norm}-norm" for model, norm in columns)]
+    return [title, "", *rows(header, body), *filled(" ".join([*chosen(plan, runs), *edges(plan, runs)])), ""]
+
+
+def chosen(plan: Plan, runs: list[Report]) -> list[str]:
+    """What each model goes on with, and what its paper's form reached where that is another."""
+    found, paper = [], NORMS[0]
+    for model in MODELS:
+        choice = best(runs, model, plan.norms)
+        if choice is None:
+            continue
+        text = f"{model} goes on with {choice.norm}-norm at {choice.rate:g}"
+        own = best(runs, model, (paper,))
+        if own is not None and choice.norm != paper:
+            losses = [-scores(runs, model, c.norm)[c.rate] for c in (own, choice)]
+            text += (
+                f"; its paper's form, {paper}-norm, reached {losses[0]:.3f} at {own.rate:g}, against {losses[1]:.3f}"
+            )
+        found.append(f"{text}.")
+    return found
 
 
 def pretrained(report: Report) -> list[str]:
@@ -115,9 +142,20 @@ def pretrained(report: Report) -> list[str]:
             speed = marked(report, s)
             tokens, seconds = (with_spread(s[name], ",.0f") for name in ("tokens", "seconds"))
             body.append(
-                [f"{s['model']}, {what}", f"{s['rate']:g}", tokens, seconds, speed, *scores(s), str(len(s["seeds"]))]
+                [
+                    f"{s['model']}, {what}",
+                    s["norm"],
+                    f"{s['rate']:g}",
+                    tokens,
+                    seconds,
+                    speed,
+                    *quality(s),
+                    str(len(s["seeds"])),
+                ]
             )
-    header = ["", "rate", "tokens", "seconds", "tokens/s", "books loss", "acc. %", "WikiText loss", "acc. %", "seeds"]
+    header = [
+        "", "norm", "rate", "tokens", "seconds", "tokens/s", "books loss", "acc. %", "WikiText loss", "acc. %", "seeds",
+    ]  # fmt: skip
     return ["### At equal tokens, and at equal seconds", "", *rows(header, body), *between(report, "tokens")]
 
 
@@ -161,7 +199,7 @@ def lengths(report: Report) -> list[str]:
     for s in sorted(own, key=lambda s: (s["length"], MODELS.index(s["model"]))):
         run = next(r for r in report["runs"] if r["name"] == f"length-{s['model']}-{s['length']}")
         before = [f"{run['curve'][0][f'{text}_loss']:.3f}" for text in TEXTS]
-        cells = [f"{s['length']:,}", s["model"], *before, *scores(s), marked(report, s)]
+        cells = [f"{s['length']:,}", s["model"], *before, *quality(s), marked(report, s)]
         body.append(cells)
     header = [
         "length", "", "books loss before", "WikiText loss before", "books loss", "acc. %", "WikiText loss", "acc. %",
@@ -182,8 +220,8 @@ def caveats(report: Report) -> list[str]:
         f"A loss has a standard error from the text that happens to be held out ({exact}), which no spread over seeds "
         "contains. It is nearly the same for both models at one length, so that their difference is known better; "
         "between lengths it is not, as rows and hidden tokens differ.",
-        f"{len(plan['rates'])} learning rates each, chosen by the loss on the books that are reported, after "
-        f"{plan['rate_tokens']:,} tokens: a longer training may want another.",
+        "Norm and learning rate are chosen by the loss on the books that are reported, after "
+        f"{plan['rate_tokens']:,} tokens with one seed: a longer training may want others.",
         f"Dropout is the recipe's: BERT's 0.1 in every layer, Hydra's on the embeddings alone. Over {passes:.1f} "
         "passes over the text that is a difference in regularisation, too.",
     ]

@@ -21,7 +21,8 @@ def compare_tiny(**given: Any) -> dict[str, Any]:
     """Every part of it in seconds on a CPU, to see that it runs: what it learns means nothing."""
     tiny: dict[str, Any] = {
         "hydra": "hydra-tiny", "bert": "bert-tiny", "length": 16, "batch_tokens": 64, "rates": (3e-3, 1e-3),
-        "rate_tokens": 256, "tokens": 64 * 12, "seeds": (0, 1), "lengths": (16, 32), "length_tokens": 256,
-        "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,), "save_after": 0.1,
+        "further_rates": 1, "rate_tokens": 256, "tokens": 64 * 12, "seeds": (0, 1), "lengths": (16, 32),
+        "length_tokens": 256, "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,),
+        "save_after": 0.1,
     }  # fmt: skip
     return asdict(Plan(**tiny | given))

@@ -27,8 +27,10 @@ class ComparisonSettings:
     """Of each pretraining."""
     batch_tokens: Annotated[int | None, _usual("N")] = None
     """Of a step."""
+    norms: Annotated[tuple[str, ...] | None, _usual("NAME ...")] = None
+    """Places of the norm that both try: post, pre."""
     rates: Annotated[tuple[float, ...] | None, _usual("X ...")] = None
-    """Learning rates that both try."""
+    """Learning rates that both try with each, and further ones beyond the best if that is the highest or the lowest."""
     rate_tokens: Annotated[int | None, _usual("N")] = None
     """On so many tokens each."""
     seeds: Annotated[tuple[int, ...] | None, _usual("N ...")] = None
@@ -54,7 +56,7 @@ def compare(
     jobs: int = 1,
     settings: Annotated[ComparisonSettings, arg(name="")] = ComparisonSettings(),
 ) -> None:
-    """Compare Hydra with BERT: equal parameters, tokens and recipe, each at the best of the same learning rates.
+    """Compare Hydra with BERT: equal parameters, tokens and recipe, each at its best norm and learning rate.
 
     Trains both on the same tokens, then fine-tunes both on GLUE, goes on with longer rows, and trains the faster one on
     as many seconds as the slower one took. Leaves comparison.json with every curve, and pictures, in --out. The same

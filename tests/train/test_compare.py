@@ -21,22 +21,33 @@ from hydra_ssm.text.tokenizer import train_tokenizer
 from hydra_ssm.train import workers
 from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.comparison import Plan, command, compare, prepare
-from hydra_ssm.train.comparison.command import best_rates
 from hydra_ssm.train.comparison.data import Data, plainly
-from hydra_ssm.train.comparison.plan import MODELS, Run, length_runs, rate_runs, seconds_run, token_runs
-from hydra_ssm.train.comparison.report import MARK, differences, edges, elsewhere, table
-from hydra_ssm.train.comparison.run import POSITIONS, _results, _training, longer, mean_of_parts
+from hydra_ssm.train.comparison.plan import MODELS, NORMS, Choice, Run, length_runs, rate_run, seconds_run, token_runs
+from hydra_ssm.train.comparison.report import MARK, differences, elsewhere, table
+from hydra_ssm.train.comparison.run import (
+    POSITIONS,
+    _model,
+    _results,
+    _training,
+    all_finished,
+    finished,
+    longer,
+    mean_of_parts,
+)
+from hydra_ssm.train.comparison.tuning import best, choices, edges, next_runs
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.loop import Training, schedule
+from hydra_ssm.train.records import write_json
 from hydra_ssm.train.trainee import How, Trainee, make_optimizer, masked_loss
 from hydra_ssm.train.workers import Until
 
+AT = {model: Choice("post", 1e-3) for model in MODELS}
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY: dict[str, Any] = {
     "hydra": "hydra-tiny", "bert": "bert-tiny", "length": 16, "batch_tokens": 64, "rates": (3e-3, 1e-3),
-    "rate_tokens": 256, "tokens": 64 * 12, "seeds": (0, 1), "lengths": (16, 32), "length_tokens": 256,
-    "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,), "task_batch": 32,
-    "save_after": 0.1,
+    "norms": ("pre",), "further_rates": 1, "rate_tokens": 256, "tokens": 64 * 12, "seeds": (0, 1), "lengths": (16, 32),
+    "length_tokens": 256, "evaluations": 3, "evaluation_tokens": 256, "tasks": ("RTE",), "task_seeds": (0,),
+    "task_batch": 32, "save_after": 0.1,
 }  # fmt: skip
 
 
@@ -223,9 +234,9 @@ def training(data: Data, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_longer_rows_bring_batches_that_the_pretraining_has_not_had(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, best = Plan.of(TINY), {"hydra": 1e-3, "bert": 1e-3}
-    before, bert_before = token_runs(plan, best, 0)
-    after, bert_after = (run for run in length_runs(plan, best) if run.length == plan.length)
+    plan = Plan.of(TINY)
+    before, bert_before = token_runs(plan, AT, 0)
+    after, bert_after = (run for run in length_runs(plan, AT) if run.length == plan.length)
     runs = [training(data, run, tmp_path, monkeypatch) for run in (before, bert_before, after, bert_after)]
     first = [run.batches[0][0].input_ids for run in runs]
     assert torch.equal(first[0], first[1])
@@ -236,30 +247,105 @@ def test_longer_rows_bring_batches_that_the_pretraining_has_not_had(
 
 
 def test_both_models_get_the_same_budget() -> None:
-    plan, best = Plan(), {"hydra": 1e-3, "bert": 5e-4}
-    for runs in (rate_runs(plan), token_runs(plan, best, 0), length_runs(plan, best)):
+    plan, chosen = Plan(), {"hydra": Choice("post", 1e-3), "bert": Choice("pre", 5e-4)}
+    grid, tokens, lengths = next_runs(plan, []), token_runs(plan, chosen, 0), length_runs(plan, chosen)
+    for runs in (grid, tokens, lengths):
         halves = [[(r.steps, r.length, r.seed) for r in runs if r.model == model] for model in MODELS]
         assert halves[0] == halves[1]
-    grid = [[r.rate for r in rate_runs(plan) if r.model == model] for model in MODELS]
-    assert grid[0] == grid[1] == list(plan.rates)
-    assert len({r.name for r in [*rate_runs(plan), *token_runs(plan, best, 0), *length_runs(plan, best)]}) == 16
+    tried = [[(r.norm, r.rate) for r in grid if r.model == model] for model in MODELS]
+    assert tried[0] == tried[1] == [(norm, rate) for norm in NORMS for rate in plan.rates]
+    assert len({run.name for run in [*grid, *tokens, *lengths]}) == 12 + 2 + 8
+    assert {(r.model, r.norm, r.rate) for r in tokens} == {("hydra", "post", 1e-3), ("bert", "pre", 5e-4)}
+    assert {(r.model, r.rate) for r in lengths} == {("hydra", 5e-4), ("bert", 2.5e-4)}
 
 
 def test_equal_seconds_give_the_faster_model_more_tokens() -> None:
-    plan, best = Plan(tokens=32_768 * 1000), {"hydra": 1e-3, "bert": 5e-4}
-    run = seconds_run(plan, best, 0, {"hydra": 30.0, "bert": 20.0})
-    assert run == Run("seconds", "bert", 0, plan.length, 1500, 5e-4)
+    plan, chosen = Plan(tokens=16_384 * 1000), {"hydra": Choice("post", 1e-3), "bert": Choice("pre", 5e-4)}
+    run = seconds_run(plan, chosen, 0, {"hydra": 30.0, "bert": 20.0})
+    assert run == Run("seconds", "bert", 0, plan.length, 1500, "pre", 5e-4)
 
 
-def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
-    def record(model: str, rate: float, loss: float) -> dict[str, Any]:
-        return {"stage": "rate", "model": model, "rate": rate, "losses": {"books": loss, "wikitext": 0.0}}
+# ----------------------------------------------------------------------------------------------------------- tuning
 
-    records = [record(m, r, loss) for m in MODELS for r, loss in ((1e-3, 3.0), (2e-3, 2.0))]
-    records.append({"stage": "rate", "model": "hydra", "rate": 4e-3, "diverged": "by step 1"})
-    assert best_rates(records) == {"hydra": 2e-3, "bert": 2e-3}
-    with pytest.raises(UserError, match="bert must learn at one of the rates"):
-        best_rates([r for r in records if r["model"] == "hydra"])
+GRID = Plan(rates=(1.0, 2.0, 4.0), further_rates=2)
+
+
+def record(model: str, norm: str, rate: float, loss: float | None) -> dict[str, Any]:
+    """Of a run that diverged, where it has no loss."""
+    run = rate_run(GRID, model, norm, rate)
+    found = {"diverged": "by step 1"} if loss is None else {"losses": {"books": loss, "wikitext": -loss}}
+    return {"name": run.name, "stage": "rate", "model": model, "norm": norm, "rate": rate, **found}
+
+
+def tried(least: dict[tuple[str, str], float], plan: Plan = GRID) -> list[dict[str, Any]]:
+    """The records of all runs that are wanted, where each model and norm is best at the rate of `least`, else at 2."""
+    records: list[dict[str, Any]] = []
+    while runs := next_runs(plan, records):
+        for run in runs:
+            loss = abs(math.log2(run.rate / least.get((run.model, run.norm), 2.0)))
+            records.append(record(run.model, run.norm, run.rate, loss))
+    return records
+
+
+def rates_of(records: list[dict[str, Any]], model: str, norm: str) -> list[float]:
+    return [r["rate"] for r in records if (r["model"], r["norm"]) == (model, norm)]
+
+
+def test_a_best_rate_at_the_end_has_further_ones_beyond_it_for_both_models_and_norms_alike() -> None:
+    for case in ((model, norm) for model in MODELS for norm in NORMS):
+        for least, wanted in ((8.0, [8.0, 16.0]), (99.0, [8.0, 16.0]), (0.5, [0.5, 0.25]), (1.0, [0.5]), (2.0, [])):
+            records = tried({case: least})
+            assert rates_of(records, *case) == [1.0, 2.0, 4.0, *wanted]
+            others = [(m, n) for m in MODELS for n in NORMS if (m, n) != case]
+            assert all(rates_of(records, *other) == [1.0, 2.0, 4.0] for other in others)
+
+
+def test_what_diverged_is_worse_than_all_else() -> None:
+    records = [record("bert", "post", rate, loss) for rate, loss in ((1.0, 9.0), (2.0, None), (4.0, None))]
+    wanted = [run for run in next_runs(GRID, records) if (run.model, run.norm) == ("bert", "post")]
+    assert [run.rate for run in wanted] == [0.5]
+    assert best(records, "bert", NORMS) == Choice("post", 1.0)
+    with pytest.raises(UserError, match="hydra must learn at one of the rates"):
+        choices(GRID, records)
+    lost = [record("bert", "post", rate, None) for rate in (1.0, 2.0, 4.0)]
+    assert [run.rate for run in next_runs(GRID, lost) if (run.model, run.norm) == ("bert", "post")] == [0.5]
+
+
+def test_a_single_rate_is_not_tuned() -> None:
+    plan = Plan(rates=(1.0,), norms=("pre",))
+    records = [record(run.model, run.norm, run.rate, 3.0) for run in next_runs(plan, [])]
+    assert [(r["model"], r["norm"]) for r in records] == [("hydra", "pre"), ("bert", "pre")]
+    assert next_runs(plan, records) == []
+    assert edges(plan, records)[0] == "1 is the only rate that hydra tried with pre-norm."
+
+
+def test_norm_and_rate_are_those_of_the_least_loss_on_books() -> None:
+    records = tried({("hydra", "pre"): 4.0}) + tried({("bert", "post"): 1.0})
+    for r in records:
+        if (r["model"], r["norm"], r["rate"]) in (("hydra", "pre", 4.0), ("bert", "post", 1.0)):
+            r["losses"] = {"books": -1.0, "wikitext": 9.0}
+    assert choices(GRID, records) == {"hydra": Choice("pre", 4.0), "bert": Choice("post", 1.0)}
+    assert best(records, "hydra", ("post",)) == Choice("post", 2.0)
+
+
+def test_a_best_rate_that_is_still_at_the_end_is_said() -> None:
+    assert edges(GRID, tried({})) == []
+    assert edges(GRID, tried({("bert", "post"): 0.5})) == []  # a lower one was tried, which is worse
+    lowest = tried({("bert", "post"): 0.1})
+    said = "The best rate of bert with post-norm, 0.25, is the lowest that was tried: a lower one may be better."
+    assert edges(GRID, lowest) == [said]
+    assert edges(GRID, [r for r in lowest if r["rate"] != 0.25]) == []  # which is still to be tried
+    said = "The best rate of hydra with pre-norm, 16, is the highest that was tried: a higher one may be better."
+    assert edges(GRID, tried({("hydra", "pre"): 99.0})) == [said]
+
+
+def test_the_models_have_the_norm_of_their_run(data: Data, tmp_path: Path) -> None:
+    plan = Plan.of(TINY)
+    for model in MODELS:
+        nets = [_model(tmp_path, rate_run(plan, model, norm, 1e-3), plan, data) for norm in NORMS]
+        assert [net.config.norm for net in nets] == ["post", "pre"]
+        more = 2 * nets[0].config.hidden_size  # its last norm
+        assert nets[1].num_parameters() == nets[0].num_parameters() + more
 
 
 @pytest.mark.parametrize(
@@ -271,6 +357,8 @@ def test_the_best_rate_is_of_those_that_did_not_diverge() -> None:
         ({"epochs": 3}, "no setting epochs"),
         ({"seeds": (0, -1)}, r"seeds must be at least 0 and below 1000000, got \(0, -1\)"),
         ({"seeds": (1_000_000,)}, r"seeds must be at least 0 and below 1000000, got \(1000000,\)"),
+        ({"norms": ("post", "none")}, r"norms must be of post, pre, at least one, got \('post', 'none'\)"),
+        ({"further_rates": -1}, "further_rates must be at least 0, got -1"),
         ({"task_seeds": (-1,)}, r"seeds must be at least 0 and below 1000000, got .* and \(-1,\)"),
     ],
 )
@@ -280,30 +368,6 @@ def test_a_wrong_plan_says_so(given: dict[str, Any], message: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- report
-
-
-@pytest.mark.parametrize(
-    ("best", "said"),
-    [
-        ((1e-3, 1e-3), []),
-        ((5e-4, 1e-3), ["The best rate of hydra, 0.0005, is the lowest that was tried: a lower one may be better."]),
-        ((1e-3, 2e-3), ["The best rate of bert, 0.002, is the highest that was tried: a higher one may be better."]),
-    ],
-)
-def test_a_best_rate_at_the_end_of_the_grid_is_said(best: tuple[float, float], said: list[str]) -> None:
-    rates = (5e-4, 1e-3, 2e-3)
-    runs = [
-        {"name": f"{m}{r}", "stage": "rate", "model": m, "rate": r, "losses": {"books": float(r != own)}}
-        for m, own in zip(MODELS, best, strict=True)
-        for r in rates
-    ]
-    report = {"plan": {"rates": rates}, "runs": runs}
-    assert edges(report) == said
-    assert edges(report | {"runs": runs[1:]}) == []  # not all have been tried
-    runs[2] = runs[2] | {"diverged": "by step 1"}  # a worse one on that side
-    assert edges(report) == said
-    single = {"plan": {"rates": rates[:1]}, "runs": [run for run in runs if run["rate"] == rates[0]]}
-    assert [line[:23] for line in edges(single)] == ["0.0005 is the only rate"] * 2
 
 
 def test_runs_on_another_device_are_named() -> None:
@@ -319,7 +383,7 @@ def test_runs_on_another_device_are_named() -> None:
 def test_a_run_that_goes_on_elsewhere_and_without_a_graph_says_so(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = token_runs(Plan.of(TINY), {"hydra": 1e-3, "bert": 1e-3}, 0)[0]
+    run = token_runs(Plan.of(TINY), AT, 0)[0]
     over = Until(threading.Event(), 0.0)
     warm_up, known = Trainee.warm_up, []
     for name, fast in (("first", True), ("second", False), ("second", True)):
@@ -383,7 +447,7 @@ def test_a_killed_comparison_goes_on_as_if_nothing_had_been(folder: Path, tmp_pa
 def test_several_gpus_have_a_run_each_and_find_what_one_finds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 128, "seeds": (0, 1)}
+    settings = TINY | {"norms": NORMS, "rates": (1e-3,), "rate_tokens": 64, "tokens": 128, "seeds": (0, 1)}
     stages = ("tokens", "seeds")
     one = compare(folder, tmp_path / "one", say=lambda _: None, stages=stages, **settings)
     asked: list[int] = []
@@ -395,6 +459,16 @@ def test_several_gpus_have_a_run_each_and_find_what_one_finds(
     assert two["unfinished"] == []
     for a, b in zip(one["runs"], two["runs"], strict=True):
         assert (a["name"], a["training"], a["losses"]) == (b["name"], b["training"], b["losses"])
+    _check_tuning(one, "\n".join(_figures().rates(one)))
+
+
+def test_records_of_an_earlier_version_are_of_post_norm(tmp_path: Path) -> None:
+    old = record("bert", "post", 1.0, 3.0)
+    del old["norm"]
+    write_json(tmp_path / "runs" / f"{old['name']}.json", old)
+    assert old["name"] == "rate-bert-1"
+    assert all_finished(tmp_path) == [finished(tmp_path, old["name"])] == [old | {"norm": "post"}]
+    assert finished(tmp_path, "rate-bert-pre-1") is None
 
 
 def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:
@@ -483,20 +557,53 @@ def _check_scores(report: dict[str, Any]) -> None:
     assert found[1]["books"][0] == pytest.approx(losses["hydra", "tokens", 1] - losses["bert", "tokens", 1])
 
 
-def _check_figures(report: dict[str, Any], pictures: Path) -> None:
-    """Every number of the page comes from the report."""
+def _figures() -> Any:
+    """The module that writes the page."""
     spec = importlib.util.spec_from_file_location("comparison_figures", ROOT / "docs" / "comparison_figures.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def _check_tuning(report: dict[str, Any], text: str) -> None:
+    """The whole grid is shown, what was taken is told, and the other runs have it."""
+    plan, runs = Plan.of(report["plan"]), report["runs"]
+    columns = " | ".join(f"{model}, {norm}-norm" for model in MODELS for norm in plan.norms)
+    assert f"| peak | {columns} |" in text
+    assert next_runs(plan, runs) == []
+    chosen = choices(plan, runs)
+    for run in runs:
+        if run["stage"] == "rate":
+            taken = chosen[run["model"]] == (run["norm"], run["rate"])
+            cell = f"{run['losses']['books']:.3f}"
+            assert f"| **{cell}** |" in text if taken else f"| {cell} |" in text
+        elif run["stage"] == "tokens":
+            assert (run["norm"], run["rate"]) == chosen[run["model"]]
+    lines = text.replace("\n", " ")
+    assert all(line in lines for line in edges(plan, runs))
+    for model, (norm, rate) in chosen.items():
+        assert f"{model} goes on with {norm}-norm at {rate:g}" in lines
+        paper = f"{norm}-norm at {rate:g}; its paper's form, post-norm, reached"
+        assert (paper in lines) == (norm != "post" and "post" in plan.norms)
+
+
+def _check_figures(report: dict[str, Any], pictures: Path) -> None:
+    """Every number of the page comes from the report."""
+    module = _figures()
     text = "\n".join(module.figures(report, pictures))
     for summary in report["summary"]:
         assert f"{summary['books_loss']['mean']:.3f}" in text
         assert f"{100 * summary['wikitext_accuracy']['mean']:.1f}" in text
     for found in differences(report):
         assert f"| {found['length']} | {found['seed']} | {found['books'][0]:+.3f} ± {found['books'][1]:.3f} |" in text
-    for line in (*edges(report), "What these figures do not say", "none was chosen for BERT", "have one seed"):
+    _check_tuning(report, text)
+    for line in (
+        "What these figures do not say",
+        "none was chosen for BERT",
+        "have one seed",
+    ):
         assert line in text.replace("\n", " ")
     moved = {**report, "runs": [{**report["runs"][0], "devices": ["one", "another"]}, *report["runs"][1:]]}
     name = moved["runs"][0]["name"]

@@ -17,10 +17,11 @@ from ..records import Record, write_report
 from ..trainee import How
 from ..workers import Event, Say, Until, gpus, speak, stopping, together, until
 from .data import Data, check_whole
-from .plan import MODELS, Plan, Run, length_runs, rate_runs, seconds_run, token_runs
-from .report import Report, best_rate, collect, draw_curves, draw_lengths, table
-from .run import MODELS_FOLDER, RUNS, finished, free_memory, train
+from .plan import MODELS, Choice, Plan, Run, length_runs, seconds_run, token_runs
+from .report import Report, collect, draw_curves, draw_lengths, table
+from .run import MODELS_FOLDER, RUNS, all_finished, finished, free_memory, train
 from .tasks import run_tasks, tasks_done
+from .tuning import choices, next_runs
 
 REPORT = "comparison"  # begins the names of its files
 STAGES = ("tokens", "tasks", "lengths", "seconds", "seeds")
@@ -91,23 +92,30 @@ class Comparison:
 
     def go_on(self, stages: tuple[str, ...]) -> None:
         """As far as the time allows."""
-        rates = self._train(rate_runs(self.plan))
-        if rates is None:
+        if not self._tuned():
             self.left.append("all after the learning rates")
             return
-        best = best_rates(rates)
-        self.say(f"best rates: {', '.join(f'{model} {rate:g}' for model, rate in best.items())}")
-        first = token_runs(self.plan, best, self.plan.seeds[0])
+        chosen = choices(self.plan, all_finished(self.out))
+        found = (f"{model} with {choice.norm}-norm at {choice.rate:g}" for model, choice in chosen.items())
+        self.say(f"best: {', '.join(found)}")
+        first = token_runs(self.plan, chosen, self.plan.seeds[0])
         if "tokens" in stages:
             self._train(first)
         if "tasks" in stages and self._whole("tasks", first):
             self._tasks()
         if "lengths" in stages and self._whole("lengths", first):
-            self._train(length_runs(self.plan, best))
-        last = self._seconds(best, first) if "seconds" in stages else []
+            self._train(length_runs(self.plan, chosen))
+        last = self._seconds(chosen, first) if "seconds" in stages else []
         if "seeds" in stages:
-            last += [run for seed in self.plan.seeds[1:] for run in token_runs(self.plan, best, seed)]
+            last += [run for seed in self.plan.seeds[1:] for run in token_runs(self.plan, chosen, seed)]
         self._train(last)
+
+    def _tuned(self) -> bool:
+        """Whether all learning rates have been tried, those that follow from others included."""
+        while runs := next_runs(self.plan, all_finished(self.out)):
+            if self._train(runs) is None:
+                return False
+        return True
 
     def _train(self, runs: list[Run]) -> list[Record] | None:
         """The records of all of them, or None. Of several GPUs each works on one at a time."""
@@ -143,13 +151,13 @@ class Comparison:
             run_tasks(self.out, self.data.folder, self.plan, self.until, self.jobs)
         self.left += [f"GLUE of {model}" for model in MODELS if tasks_done(self.out, self.plan, model) is None]
 
-    def _seconds(self, best: dict[str, float], first: list[Run]) -> list[Run]:
+    def _seconds(self, chosen: dict[str, Choice], first: list[Run]) -> list[Run]:
         """The faster model's run of as many seconds as the slower one's, if that can be had."""
         found = self._train(first)
         if found is None or any("diverged" in record for record in found):
             return []
         seconds = {record["model"]: record["seconds"] for record in found}
-        run = seconds_run(self.plan, best, self.plan.seeds[0], seconds)
+        run = seconds_run(self.plan, chosen, self.plan.seeds[0], seconds)
         if reason := "" if finished(self.out, run.name) else _other_clock(found):
             self.say(f"seconds: {reason}")
             self.left.append(f"seconds ({reason})")
@@ -171,17 +179,6 @@ def _other_clock(records: list[Record]) -> str:
     here = device_name(own_device())
     (there,) = set(used.values())
     return "" if there == here else f"both models were trained on {there}, this is {here}"
-
-
-def best_rates(records: list[Record]) -> dict[str, float]:
-    """Of each model, by its loss on the first held-out text. Raises UserError where all have diverged."""
-    best = {}
-    for model in MODELS:
-        rate = best_rate(records, model)
-        if rate is None:
-            raise UserError(f"{model} must learn at one of the rates, it diverges at all of them: give lower rates")
-        best[model] = rate
-    return best
 
 
 def _plan(folder: Path, settings: dict[str, Any]) -> Plan:

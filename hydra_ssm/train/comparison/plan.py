@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ..errors import UserError
 from ..plans import known_settings
 
 MODELS = ("hydra", "bert")
-TEXTS = ("books", "wikitext")  # what is held out; the rate is chosen by the first
+TEXTS = ("books", "wikitext")  # what is held out; norm and rate are chosen by the first
+NORMS = ("post", "pre")  # after each branch's sum, as in both papers, or before the branch
 DECAY = 1e-5  # what a step at the highest learning rate takes off the weights, as in the paper
 GOING_ON = 1_000_000  # above every seed
 WHOLE_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "RTE")
@@ -24,11 +25,14 @@ class Plan:
         hydra, bert: presets, of equal parameters.
         length: tokens of a row, [CLS] and [SEP] included.
         batch_tokens: of a step, the same at every length.
-        rates: peak learning rates that both models try, on `rate_tokens` each.
+        norms: places of the norm that both models try; see `HydraConfig`.
+        rates: peak learning rates that both models try with each of them, on `rate_tokens` each.
+        further_rates: most that a model tries beyond them with a norm, each twice the highest or half the lowest, as
+            long as that is the best one.
         tokens: of a pretraining run.
         seeds: of the pretraining; the first one's models go on to the tasks and the longer rows.
         lengths, length_tokens: the models go on with rows of these lengths, on so many tokens each.
-        length_rate: the peak of that, as a share of the best rate.
+        length_rate: the peak of that, as a share of the best rate; the norm is that of the model.
         evaluations: of a whole run, the last one after its last step; 4 at most of the shorter ones.
         evaluation_tokens: most tokens of each held-out text, evenly spread, that it is evaluated on on the way; after
             its last step it is evaluated on all.
@@ -42,9 +46,11 @@ class Plan:
     hydra: str = "hydra-medium"
     bert: str = "bert-medium"
     length: int = 128
-    batch_tokens: int = 32_768
+    batch_tokens: int = 16_384
+    norms: tuple[str, ...] = NORMS
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    rate_tokens: int = 24_000_000
+    further_rates: int = 3
+    rate_tokens: int = 30_000_000
     tokens: int = 168_000_000
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[int, ...] = (128, 512, 2048, 8192)
@@ -76,6 +82,10 @@ class Plan:
             raise UserError(f"mask_rate must be above 0 and at most 1, got {self.mask_rate}")
         if not self.rates or not all(rate > 0 for rate in self.rates) or not self.seeds:
             raise UserError(f"there must be a seed and rates above 0, got {self.seeds} and {self.rates}")
+        if not self.norms or set(self.norms) - set(NORMS):
+            raise UserError(f"norms must be of {', '.join(NORMS)}, at least one, got {self.norms}")
+        if self.further_rates < 0:
+            raise UserError(f"further_rates must be at least 0, got {self.further_rates}")
         if not all(0 <= seed < GOING_ON for seed in (*self.seeds, *self.task_seeds)):
             raise UserError(f"seeds must be at least 0 and below {GOING_ON}, got {self.seeds} and {self.task_seeds}")
 
@@ -85,12 +95,20 @@ class Plan:
         return cls(**known_settings(cls, given))
 
 
+class Choice(NamedTuple):
+    """What a model is trained with after both have tried the same."""
+
+    norm: str
+    rate: float
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of one model.
 
     Args:
         stage: rate, tokens (all of them), length, or seconds (as many as the slower model took).
+        norm: one of `NORMS`.
         start: the run that it goes on from.
     """
 
@@ -99,6 +117,7 @@ class Run:
     seed: int
     length: int
     steps: int
+    norm: str
     rate: float
     start: str | None = None
 
@@ -110,34 +129,34 @@ class Run:
     @property
     def name(self) -> str:
         """What tells runs apart."""
-        what = {"rate": f"{self.rate:g}", "length": f"{self.length}"}.get(self.stage, f"seed-{self.seed}")
+        norm = "" if self.norm == NORMS[0] else f"{self.norm}-"
+        what = {"rate": f"{norm}{self.rate:g}", "length": f"{self.length}"}.get(self.stage, f"seed-{self.seed}")
         return f"{self.stage}-{self.model}-{what}"
 
 
-def rate_runs(plan: Plan) -> list[Run]:
-    """The small grid, the same for both models."""
-    steps = plan.rate_tokens // plan.batch_tokens
-    return [Run("rate", model, plan.seeds[0], plan.length, steps, rate) for rate in plan.rates for model in MODELS]
+def rate_run(plan: Plan, model: str, norm: str, rate: float) -> Run:
+    """A short one, by which norm and rate are chosen."""
+    return Run("rate", model, plan.seeds[0], plan.length, plan.rate_tokens // plan.batch_tokens, norm, rate)
 
 
-def token_runs(plan: Plan, best: dict[str, float], seed: int) -> list[Run]:
-    """Both models on the same tokens, each at its best rate."""
+def token_runs(plan: Plan, best: Mapping[str, Choice], seed: int) -> list[Run]:
+    """Both models on the same tokens, each at its best."""
     steps = plan.tokens // plan.batch_tokens
-    return [Run("tokens", model, seed, plan.length, steps, best[model]) for model in MODELS]
+    return [Run("tokens", model, seed, plan.length, steps, *best[model]) for model in MODELS]
 
 
-def length_runs(plan: Plan, best: dict[str, float]) -> list[Run]:
+def length_runs(plan: Plan, best: Mapping[str, Choice]) -> list[Run]:
     """What the models learn from longer rows, and the shorter ones again to compare with."""
     steps, seed = plan.length_tokens // plan.batch_tokens, plan.seeds[0]
     return [
-        Run("length", model, seed, length, steps, plan.length_rate * best[model], f"tokens-{model}-seed-{seed}")
+        Run("length", model, seed, length, steps, norm, plan.length_rate * rate, f"tokens-{model}-seed-{seed}")
         for length in plan.lengths
-        for model in MODELS
+        for model, (norm, rate) in ((model, best[model]) for model in MODELS)
     ]
 
 
-def seconds_run(plan: Plan, best: dict[str, float], seed: int, seconds: dict[str, float]) -> Run:
+def seconds_run(plan: Plan, best: Mapping[str, Choice], seed: int, seconds: Mapping[str, float]) -> Run:
     """The faster model once more, on as many tokens as fill the slower one's time."""
     fast, slow = sorted(MODELS, key=seconds.__getitem__)
     steps = int(plan.tokens // plan.batch_tokens * seconds[slow] / seconds[fast])
-    return Run("seconds", fast, seed, plan.length, steps, best[fast])
+    return Run("seconds", fast, seed, plan.length, steps, *best[fast])

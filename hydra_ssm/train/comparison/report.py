@@ -10,11 +10,12 @@ from typing import Any
 
 from ..._extras import require
 from ..checkpoints import whole_file
-from ..records import read_json, read_records
+from ..records import read_json
 from .data import Data
 from .plan import MODELS, TEXTS, Plan
-from .run import RUNS, mean_of_parts
+from .run import all_finished, mean_of_parts
 from .tasks import FOLDER, REPORT
+from .tuning import edges
 
 Report = dict[str, Any]
 MARK = "†"  # of a time that does not compare
@@ -22,7 +23,7 @@ MARK = "†"  # of a time that does not compare
 
 def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
     """All that is known. `left` names what is not finished."""
-    runs = read_records(out / RUNS)
+    runs = all_finished(out)
     glue: dict[str, Any] = {}
     for model in MODELS:
         if found := read_json(out / FOLDER / model / REPORT):
@@ -44,28 +45,6 @@ def _grouped(runs: list[Report]) -> dict[tuple[str, str, int], list[Report]]:
         if run["stage"] != "rate" and "diverged" not in run:
             groups.setdefault((run["stage"], run["model"], run["length"]), []).append(run)
     return groups
-
-
-def best_rate(runs: list[Report], model: str) -> float | None:
-    """Of those that a model did not diverge at, by its loss on the first held-out text."""
-    own = [run for run in runs if run["stage"] == "rate" and run["model"] == model and "diverged" not in run]
-    return min(own, key=lambda run: run["losses"][TEXTS[0]])["rate"] if own else None
-
-
-def edges(report: Report) -> list[str]:
-    """A sentence for each model whose best rate has no worse one on both sides."""
-    rates, found = sorted(report["plan"]["rates"]), []
-    tried = [run["name"] for run in report["runs"] if run["stage"] == "rate"]
-    for model in MODELS if len(tried) == len(rates) * len(MODELS) else ():
-        best = best_rate(report["runs"], model)
-        if best is not None and len(rates) == 1:
-            found.append(f"{best:g} is the only rate that {model} tried.")
-        elif best in (rates[0], rates[-1]):
-            end, more = ("lowest", "lower") if best == rates[0] else ("highest", "higher")
-            found.append(
-                f"The best rate of {model}, {best:g}, is the {end} that was tried: a {more} one may be better."
-            )
-    return found
 
 
 def elsewhere(report: Report) -> dict[str, list[str]]:
@@ -99,7 +78,7 @@ def _summary(runs: list[Report]) -> Report:
         **{name: [run[name] for run in runs] for name in ("seconds", "tokens_per_second", "tokens")},
     }
     return {
-        "seeds": [run["seed"] for run in runs], "parameters": runs[0]["parameters"], "rate": runs[0]["rate"],
+        "seeds": [run["seed"] for run in runs], **{name: runs[0][name] for name in ("parameters", "norm", "rate")},
         **{f"{text}_error": max(r["errors"][text] or 0.0 for r in runs) or None for text in TEXTS},
         **{
             name: {"mean": mean(found), "spread": stdev(found) if len(found) > 1 else None}
@@ -111,24 +90,25 @@ def _summary(runs: list[Report]) -> Report:
 def table(report: Report) -> str:
     """What is known, in lines of text."""
     lines = [
-        f"{'':26}{'length':>7}{'rate':>9}{'books loss':>14}{'acc. %':>8}{'wikitext':>14}{'acc. %':>8}{'tokens/s':>12}"
+        f"{'':26}{'length':>7}{'norm':>6}{'rate':>9}{'books loss':>14}{'acc. %':>8}{'wikitext':>14}{'acc. %':>8}"
+        f"{'tokens/s':>12}"
     ]
     others = elsewhere(report)
     for run in report["runs"]:
         if "diverged" in run:
-            lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}  diverged {run['diverged']}")
+            lines.append(f"{_begin(run)}  diverged {run['diverged']}")
             continue
         cells = "".join(
             f"{_with_error(run['losses'][text], run['errors'][text]):>14}{100 * run['accuracies'][text]:>8.1f}"
             for text in TEXTS
         )
         speed = f"{run['tokens_per_second']:>12,.0f}{MARK * (run['name'] in others)}"
-        lines.append(f"{run['name']:26}{run['length']:>7}{run['rate']:>9.1e}{cells}{speed}")
+        lines.append(f"{_begin(run)}{cells}{speed}")
     lines += ["losses are of all held-out text, ± their standard error"] if report["runs"] else []
     for found in differences(report):
         both = ", ".join(f"{text} {_with_error(*found[text])}" for text in TEXTS)
         lines.append(f"hydra - bert, {found['stage']}, length {found['length']}, seed {found['seed']}: loss {both}")
-    lines += edges(report)
+    lines += edges(Plan.of(report["plan"]), report["runs"])
     lines += [f"{MARK} not on the device of most: {name} on {', then '.join(on)}" for name, on in others.items()]
     for model, found in report["glue"].items():
         scores = [f"{task} {_percent(value)}" for task, value in found["tasks"].items()]
@@ -136,6 +116,10 @@ def table(report: Report) -> str:
     if report["unfinished"]:
         lines.append(f"not finished: {', '.join(report['unfinished'])}; the same command goes on")
     return "\n".join(lines)
+
+
+def _begin(run: Report) -> str:
+    return f"{run['name']:26}{run['length']:>7}{run['norm']:>6}{run['rate']:>9.1e}"
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -18,23 +18,30 @@ from ..batches import Batches
 from ..checkpoints import remove, whole_folder
 from ..errors import UserError
 from ..loop import Course, NotFinite, Training, free_memory
-from ..records import Record, read_json, write_json
+from ..records import Record, read_json, read_records, write_json
 from ..trainee import How
 from ..workers import Say, Until
 from .data import TRAIN, Data
-from .plan import DECAY, TEXTS, Plan, Run
+from .plan import DECAY, NORMS, TEXTS, Plan, Run
 
 RUNS, MODELS_FOLDER, CHECKPOINTS = "runs", "models", "checkpoints"
 CLIP = 1.0
 MODEL_STAGES = ("tokens", "seconds")  # of runs whose models are kept
 FEW = 4  # evaluations of a run of which the end alone counts
 PARTS = 32  # of a held-out text, whose losses tell how exact their mean is
+EARLIER = {"norm": NORMS[0]}  # what a record of an earlier version does not say
 POSITIONS = "model.embeddings.position_embeddings.weight"
 
 
 def finished(out: Path, name: str) -> Record | None:
     """The record of a run that has come to its end."""
-    return read_json(out / RUNS / f"{name}.json")
+    found = read_json(out / RUNS / f"{name}.json")
+    return found and EARLIER | found
+
+
+def all_finished(out: Path) -> list[Record]:
+    """The records of all such runs, by their names."""
+    return [EARLIER | found for found in read_records(out / RUNS)]
 
 
 def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, say: Say) -> Record | None:
@@ -91,7 +98,7 @@ def _model(out: Path, run: Run, plan: Plan, data: Data) -> HydraForMaskedLM:
     set_seed(run.seed)
     if run.start is None:
         words = {"vocab_size": -(-len(data.tokenizer) // 8) * 8, "pad_token_id": data.tokenizer.pad_token_id}
-        return HydraForMaskedLM(preset(getattr(plan, run.model), **words))
+        return HydraForMaskedLM(preset(getattr(plan, run.model), norm=run.norm, **words))
     source = out / MODELS_FOLDER / run.start
     if not source.is_dir():
         raise UserError(f"{source} is missing: remove {out / RUNS / run.start}.json to train it again")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from ...errors import UserError
 from ...plans import known_settings
+from ...rates import further_rate
 from .augment import Strength
 
 ROWS = {
@@ -113,10 +114,7 @@ class Plan:
 
     def further(self, tried: Mapping[float, float]) -> float | None:
         """What a row tries next, whose learning rates had these scores: beyond its best one, if that is at an end."""
-        if not 0 < len(self.learning_rates) - 1 <= len(tried) - 1 < len(self.learning_rates) - 1 + self.further_rates:
-            return None
-        best = max(tried, key=tried.__getitem__)
-        return {max(tried): 2 * best, min(tried): best / 2}.get(best)
+        return further_rate(tried, len(self.learning_rates), self.further_rates)
 
     def within(self, budget: float, seconds: Callable[[Self], float]) -> Self:
         """With as many epochs as take no more than the budget by an estimate; not more than now."""
