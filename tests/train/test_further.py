@@ -158,6 +158,13 @@ def test_a_models_preset_is_found_by_its_sizes(base: Path, tmp_path: Path) -> No
         Recipe.of()
 
 
+def test_a_checkpoint_of_a_run_is_a_model_too(base: Path, other: str, tmp_path: Path) -> None:
+    checkpoint = base / "training" / "checkpoints" / "checkpoint-2"
+    assert_same(
+        prepared(Recipe.of(model=str(checkpoint), sources=(other,), **SHORT), tmp_path / "run"), weights(checkpoint)
+    )
+
+
 def test_a_recipe_takes_a_model_of_its_size(base: Path, other: str, tmp_path: Path) -> None:
     recipe = hydra_tiny(other, model=str(base), **SHORT)
     assert Recipe.from_json(recipe.to_json()) == recipe
@@ -305,3 +312,5 @@ def test_who_asks_for_more_steps_is_told_why_not_and_a_command_that_trains_furth
         "hydra-tiny", sources=(str(text_file),), model="begun", seed=1, steps=5, length=16
     )
     assert list(history(folder.path, "eval_loss")) == [0, 1, 2, 3, 4, 5]
+    kept = [run / "training" / "held_out" / "tokens.bin" for run in (folder.path, tmp_path / "begun")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()  # nothing that was trained on is held out now
