@@ -9,9 +9,11 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from several import back
 from small_text import sentences
+from test_pretrain import Hurried
 from transformers import AutoTokenizer
 
 from hydra_ssm.cli import main
@@ -19,7 +21,7 @@ from hydra_ssm.text import HydraForMaskedLM, HydraForSequenceClassification, pre
 from hydra_ssm.text.tokenizer import load_tokenizer
 from hydra_ssm.train.checkpoints import checkpoints
 from hydra_ssm.train.data.prepare import Settings, prepare_shards
-from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare
 from hydra_ssm.train.pretrain import pretrain, resume
@@ -117,6 +119,12 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint_and_needs_the_model_no_m
         resume(out, {"model": str(start)})
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
         assert history(out, "eval_loss") == history(tmp_path / "whole", "eval_loss")
+    back(tmp_path / "whole", tmp_path / "stopped", 0)
+    hurried = Hurried(RunFolder(tmp_path / "stopped"), Console(quiet=True))
+    with pytest.raises(Stopped, match="stopped and saved after step 0 of 4"):
+        hurried.train()  # in the evaluation that it begins with
+    resume(tmp_path / "stopped")
+    assert_same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
     back(tmp_path / "whole", tmp_path / "damaged", 0)
     damaged = tmp_path / "damaged" / "training" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
