@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def is_spent(gradient: Tensor) -> bool:
     return whole and bool(getattr(gradient, "spent", False))
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operations keep the dtypes that they are given."""
+    kind = device.type  # torch's own context takes as long as a launch or two: it is left out where nothing is on
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,10 +50,10 @@ class _Last(torch.autograd.Function):
             return None, None, None
         u, weight = ctx.saved_tensors
         once = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u.device):
             weight = weight.to(u.dtype)
             rows, values = dy.flatten(0, 1), u.flatten(0, 1)
-            dweight = (rows.T @ values).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+            dweight = torch.mm(rows.t(), values).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
             dbias = rows.sum(0).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
             if not ctx.needs_input_grad[0]:
                 return None, dweight, dbias
