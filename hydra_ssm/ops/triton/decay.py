@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -238,8 +239,7 @@ def _decay_kernel(
     tl.store(decays + to[:, :, None] * 4 + tl.arange(0, 4)[None, None, :], four, mask=keep)
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """dt and A of both directions, as the product takes them.
 
     Without a bias they are final. With one they are raw: dt = clamp(softplus(raw + bias), *limits), zero where ids < 0,
@@ -262,8 +262,7 @@ class Steps:
         return Steps(self.dt_f[rows], self.dt_b[rows], self.A, self.bias, self.limits)
 
 
-@dataclass(frozen=True)
-class Decays:
+class Decays(NamedTuple):
     """Per chunk of Q tokens, float32: what the kernels read of dt, A and the diagonal."""
 
     sums: Tensor  # (B, H, L', 4), L' = chunks Q: past the end dt is zero
@@ -278,8 +277,7 @@ class Decays:
         return Decays(self.sums[rows], steps, self.totals[rows], diagonal, self.shifted)
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """The diagonal (B, L, H) as weight x + offset, summed in float32."""
 
     x: Tensor  # (B, L, K), the last stride unit

@@ -9,6 +9,7 @@ Per direction, with S entering the chunk that is read and T its adjoint coming t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -242,8 +243,7 @@ class FeatureGradsConfig:
     stages: int = 3
 
 
-@dataclass(frozen=True)
-class StateGrads:
+class StateGrads(NamedTuple):
     """What the states give to B, C, dt and A, float32, of L' tokens in so many chunks."""
 
     through: Tensor  # (4, B, G, L', N) parts of dC_f, dB_f, dC_b, dB_b, those of C in the rows that read with it

@@ -12,6 +12,7 @@ Where y = M x + diagonal x, the backward pass can give dy . x of each head as we
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -137,8 +138,7 @@ def norm_forward(
     return out, rstd
 
 
-@dataclass(frozen=True)
-class NormGrads:
+class NormGrads(NamedTuple):
     """What a backward pass returns."""
 
     weight: Tensor  # (D,) in its dtype

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of B_f, C_f, B_b, C_b, or their 
 LONGEST = 1 << 28  # heads are apart by offsets of 32 bits, of up to 8 a token
 
 
-@dataclass(frozen=True)
-class Into:
+class Into(NamedTuple):
     """Where the backward pass writes gradients instead of new tensors: views of any strides, the last one unit.
 
     dB_f, dC_f, dB_b and dC_b go together: their strides are alike.

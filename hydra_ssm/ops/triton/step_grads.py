@@ -14,7 +14,7 @@ Raw steps: draw = ddt (d dt / d raw), dbias = sum draw, dA_log = A dA.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -166,8 +166,7 @@ def _step_grads_kernel(
         tl.store(to, d.to(ddiagonal.dtype.element_ty), mask=keep)
 
 
-@dataclass(frozen=True)
-class StepGrads:
+class StepGrads(NamedTuple):
     """Where gradients of the steps go, and what those of A and the bias are sums of."""
 
     ddt_f: Tensor  # (B, L, H), any strides
@@ -179,13 +178,16 @@ class StepGrads:
     def of(cls, steps: Steps, diagonal: Tensor | None, Q: int, ddt_f: Tensor | None, ddt_b: Tensor | None) -> StepGrads:
         """New ones where they are not given."""
         (batch, L, H), device = steps.dt_f.shape, steps.A.device
-        ddt_f, ddt_b, ddiagonal = (
-            torch.empty(t.shape, dtype=t.dtype, device=device) if t is not None and given is None else given
-            for t, given in ((steps.dt_f, ddt_f), (steps.dt_b, ddt_b), (diagonal, None))
+
+        def new(like: Tensor) -> Tensor:
+            return torch.empty(like.shape, dtype=like.dtype, device=device)
+
+        return cls(
+            new(steps.dt_f) if ddt_f is None else ddt_f,
+            new(steps.dt_b) if ddt_b is None else ddt_b,
+            torch.empty(batch, cdiv(L, Q), 3, H, dtype=torch.float32, device=device),
+            None if diagonal is None else new(diagonal),
         )
-        assert ddt_f is not None
-        assert ddt_b is not None
-        return cls(ddt_f, ddt_b, torch.empty(batch, cdiv(L, Q), 3, H, dtype=torch.float32, device=device), ddiagonal)
 
     def cut(self, rows: slice) -> StepGrads:
         """Those of some rows of the batch."""

@@ -12,6 +12,7 @@ diagonal, where both directions meet, and the block beside it, which has one dir
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -364,8 +365,7 @@ class ValueGradsConfig:
     stages: int = 2
 
 
-@dataclass(frozen=True)
-class TileSums:
+class TileSums(NamedTuple):
     """What dt, A and the diagonal need of the tiles, float32, of L' tokens."""
 
     rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
