@@ -40,15 +40,12 @@ class Plan:
 
 
 @cache
-def _shared_memory(index: int) -> int:
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
 def room(device: torch.device) -> int:
     """Bytes of shared memory that a program on this device may have."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return AMPLE
-    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
