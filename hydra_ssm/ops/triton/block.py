@@ -9,25 +9,24 @@ The backward pass writes the gradient of each part where it belongs in that of `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..linear import is_spent
+from ..linear import is_spent, without_autocast
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
 from .norm import NormGrads, norm_backward, norm_forward
 from .plan import Plan, plan
-from .product import Into, find_decays, outputs_in_parts, quasiseparable_backward, quasiseparable_forward
+from .product import Four, Into, find_decays, outputs_in_parts, quasiseparable_backward, quasiseparable_forward
 from .sizes import cdiv
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Heads H, their width P, groups G and state N."""
 
     heads: int
@@ -45,19 +44,18 @@ class Sizes:
 
     def parts(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z, what passes the convolution, dt_f and dt_b: views."""
-        widths = [self.inner, self.inner + 4 * self.features, self.heads, self.heads]
-        z, wet, dt_f, dt_b = projected.split(widths, dim=-1)
+        inner, heads = self.inner, self.heads
+        z, wet, dt_f, dt_b = projected.split_with_sizes([inner, inner + 4 * self.features, heads, heads], -1)
         return z, wet, dt_f, dt_b
 
-    def values_and_features(self, wet: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x (B, L, H, P), B_f, C_f, B_b and C_b (B, L, G, N): views."""
-        x, *features = wet.split([self.inner] + [self.features] * 4, dim=-1)
-        B_f, C_f, B_b, C_b = (t.unflatten(-1, (self.groups, self.state)) for t in features)
-        return x.unflatten(-1, (self.heads, self.headdim)), B_f, C_f, B_b, C_b
+    def values_and_features(self, wet: Tensor) -> tuple[Tensor, Four]:
+        """x (B, L, H, P) and B_f, C_f, B_b, C_b (B, L, G, N): views."""
+        x, features = wet.split_with_sizes([self.inner, 4 * self.features], -1)
+        B_f, C_f, B_b, C_b = features.unflatten(-1, (4, self.groups, self.state)).unbind(2)
+        return x.unflatten(-1, (self.heads, self.headdim)), (B_f, C_f, B_b, C_b)
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The layer's parameters between the projections, under their names there."""
 
     conv: Tensor  # (C, 1, width)
@@ -69,8 +67,7 @@ class Weights:
     norm: Tensor  # (inner,)
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What the backward pass needs of the forward pass, or finds again."""
 
     xBC: Tensor  # (B, L, C)
@@ -93,13 +90,13 @@ OF_ONE = 4096  # the same where one sequence has more: all of its x, B, C and de
 PARTS = 8  # or so many of a row that is longer still: of what it holds, one of them is little
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Of the product: views of x, B and C after the convolution, and the decays."""
+class Operands(NamedTuple):
+    """Of the product: views of x, B and C after the convolution, and the decays; and the gate."""
 
+    z: Tensor  # (B, L, inner)
     xBC: Tensor  # (B, L, C)
     x: Tensor  # (B, L, H, P)
-    features: tuple[Tensor, Tensor, Tensor, Tensor]  # (B, L, G, N)
+    features: Four  # (B, L, G, N)
     steps: Steps
     decays: Decays
     how: Plan
@@ -108,15 +105,14 @@ class Operands:
 def _operands(
     projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float], ids: Tensor | None, backward: bool
 ) -> Operands:
-    _, wet, dt_f, dt_b = sizes.parts(projected)
+    z, wet, dt_f, dt_b = sizes.parts(projected)
     xBC = conv_forward(wet, weights.conv, weights.conv_bias, ids, True)
-    x, *features = sizes.values_and_features(xBC)
-    B_f, C_f, B_b, C_b = features
+    x, features = sizes.values_and_features(xBC)
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
-    how = plan(x, B_f, backward=backward)
+    how = plan(x, features[0], backward=backward)
     projection = Projection(x.flatten(2), weights.fc_D, weights.D)
     decays = find_decays(x, steps, ids, projection if how.project else projection.rounded(), how)
-    return Operands(xBC, x, (B_f, C_f, B_b, C_b), steps, decays, how)
+    return Operands(z, xBC, x, features, steps, decays, how)
 
 
 def block_forward(
@@ -130,7 +126,7 @@ def block_forward(
     of = _operands(projected, weights, sizes, limits, ids, keep)
     y, states = quasiseparable_forward(of.x, of.steps, *of.features, ids, None, of.how, of.decays)
     y = y.flatten(2)
-    normed, rstd = norm_forward(y, sizes.parts(projected)[0], weights.norm, eps, out=None if keep else y)
+    normed, rstd = norm_forward(y, of.z, weights.norm, eps, out=None if keep else y)
     return normed, _kept(of, y, rstd, states)
 
 
@@ -159,27 +155,26 @@ def block_backward(
     reuse: what is kept is written over, y by its gradient and x, B and C by theirs. spent: nobody else reads dnormed:
     its memory is used, or given back once it has been read.
     """
-    _, wet, dt_f, dt_b = sizes.parts(projected)
-    _, dwet, ddt_f, ddt_b = sizes.parts(dprojected)
-    x, B_f, C_f, B_b, C_b = sizes.values_and_features(kept.xBC)
-    how = plan(x, B_f, backward=True)
+    parts, operands = sizes.parts(projected), sizes.values_and_features(kept.xBC)
+    (z, wet, dt_f, dt_b), (x, features) = parts, operands
+    dz, dwet, ddt_f, ddt_b = parts if dprojected is projected else sizes.parts(dprojected)
+    dxBC = kept.xBC if reuse else torch.empty_like(kept.xBC)
+    dx, dfeatures = operands if reuse else sizes.values_and_features(dxBC)
+    how = plan(x, features[0], backward=True)
     if kept.y is None:
         held, stretch = (cdiv(tokens, how.chunk) for tokens in (max(OF_ONE, projected.shape[1] // PARTS), OF_ONE))
         how = replace(how, held=held, states=replace(how.states, stretch=stretch))
-    dy, norm = _norm_gradients(dnormed, projected, weights, sizes, ids, kept, dprojected, how, reuse, spent)
+    dy, norm = _norm_gradients(dnormed, z, x, features, weights.norm, ids, kept, dz, how, reuse, spent)
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None
     ddiagonal = norm.diagonal.flatten(0, 1)
-    dfc_D = _product(ddiagonal.T, x.flatten(2).flatten(0, 1))
-    dxBC = kept.xBC if reuse else torch.empty_like(kept.xBC)
-    dx, dB_f, dC_f, dB_b, dC_b = sizes.values_and_features(dxBC)
-    into = Into(dx, ddt_f, ddt_b, dB_f, dC_f, dB_b, dC_b)
+    dfc_D = _product(ddiagonal.t(), x.reshape(-1, sizes.inner))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     fc_D = weights.fc_D.to(x.dtype)
     few = sizes.heads <= MOST_HEADS
     _, _, _, dA_log, ddt_bias, *_ = quasiseparable_backward(
-        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, B_f, C_f, B_b, C_b, ids, None, kept.states,
-        how, into, kept.decays, (norm.diagonal, fc_D) if few else None,
+        dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, *features, ids, None, kept.states, how,
+        Into(dx, ddt_f, ddt_b, *dfeatures), kept.decays, (norm.diagonal, fc_D) if few else None,
     )  # fmt: skip
     assert ddt_bias is not None
     if not few:
@@ -190,22 +185,20 @@ def block_backward(
 
 
 def _norm_gradients(
-    dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, ids: Tensor | None, kept: Kept,
-    dprojected: Tensor, how: Plan, reuse: bool, spent: bool,
+    dnormed: Tensor, z: Tensor, x: Tensor, features: Four, weight: Tensor, ids: Tensor | None, kept: Kept, dz: Tensor,
+    how: Plan, reuse: bool, spent: bool,
 ) -> tuple[Tensor, NormGrads]:  # fmt: skip
     """dy (B, L, inner) and what else the norm's backward pass finds; writes dz."""
-    z, dz = sizes.parts(projected)[0], sizes.parts(dprojected)[0]
-    x, *features = sizes.values_and_features(kept.xBC)
     if kept.y is not None:
         dy = kept.y if reuse else torch.empty_like(kept.y)
-        norm = norm_backward(dnormed, kept.y, z, weights.norm, kept.rstd, dy, dz, x)
+        norm = norm_backward(dnormed, kept.y, z, weight, kept.rstd, dy, dz, x)
         if spent and dnormed.untyped_storage().nbytes() == dnormed.nbytes:
             dnormed.untyped_storage().resize_(0)
         return dy, norm
     dy, found = dnormed if spent else torch.empty_like(dnormed), []
     for some, y in outputs_in_parts(x, features, kept.decays, ids, how):
         own, own_z, rstd, to, to_z, values = (t[:, some] for t in (dnormed, z, kept.rstd, dy, dz, x))
-        found.append(norm_backward(own, y.flatten(2), own_z, weights.norm, rstd, to, to_z, values))
+        found.append(norm_backward(own, y.flatten(2), own_z, weight, rstd, to, to_z, values))
     return dy, _joined(found)
 
 
@@ -233,11 +226,9 @@ def block(
     ids (B, L) number the documents, -1 is padding. recompute: the backward pass finds again what it needs of the
     forward pass, instead of keeping it. reuse: nobody else reads projected: its gradient may take its place.
     """
-    values = [getattr(weights, f.name) for f in fields(weights)]
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *values))
-    shape = [sizes.heads, sizes.headdim, sizes.groups, sizes.state]
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (projected, *weights))
     keep = needed and not recompute
-    return torch.ops.hydra_ssm.block(projected, *values, ids, shape, *limits, eps, 1 + reuse, keep)[0]
+    return torch.ops.hydra_ssm.block(projected, *weights, ids, list(sizes), *limits, eps, 1 + reuse, keep)[0]
 
 
 INPUTS = (
@@ -252,7 +243,7 @@ def _forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *given, shape, low, high, eps, _, keep = inputs
     *values, ids = packed(*given)
     normed, kept = block_forward(projected, Weights(*values), Sizes(*shape), (low, high), eps, ids, keep)
-    tensors = [getattr(kept, f.name) if keep or f.name == "rstd" else None for f in fields(kept)]
+    tensors = kept if keep else (kept.rstd if name == "rstd" else None for name in Kept._fields)
     return normed, *(projected.new_empty(0) if t is None else t for t in tensors)
 
 
@@ -263,10 +254,10 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     new, wide = projected.new_empty, partial(projected.new_empty, dtype=torch.float32)
     y, H = (batch, L, sizes.inner), sizes.heads
     if not keep:
-        return new(y), *(wide(batch, L) if f.name == "rstd" else new(0) for f in fields(Kept))
+        return new(y), *(wide(batch, L) if name == "rstd" else new(0) for name in Kept._fields)
     xBC = new(batch, L, sizes.inner + 4 * sizes.features)
-    x, B, *_ = sizes.values_and_features(xBC)
-    Q = plan(x, B, backward=True).chunk
+    x, features = sizes.values_and_features(xBC)
+    Q = plan(x, features[0], backward=True).chunk
     chunks = cdiv(L, Q)
     states = new((2, batch, chunks, H, sizes.state, sizes.headdim) if chunks > 1 else 0)
     steps = wide(batch, H, chunks * Q, 8) if x.dtype == torch.float32 else new(0)
@@ -282,39 +273,43 @@ def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor,
 
 def _gradients(
     dnormed: Tensor, projected: Tensor, dprojected: Tensor, reuse: bool, *inputs: Any
-) -> tuple[Tensor, list[Tensor | None]]:
-    """dprojected and the gradients of the weights; batch by batch where the forward pass is found again.
+) -> tuple[Tensor, Weights]:
+    """dprojected and the gradients of the weights.
 
     reuse: what is kept may be written over, and dnormed given back if it says that nobody else has it.
     """
     spent = reuse and is_spent(dnormed)
     *tensors, shape, low, high, _ = inputs[:-8]
     *values, ids = packed(*tensors)
-    dnormed, batch = dnormed.contiguous(), projected.shape[0]
-    given: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
-    kept = None if given[0] is None else Kept(*given)
-    rstd, L = given[2], projected.shape[1]
-    size = batch if kept is not None else max(1, RECOMPUTED // L)
+    kept: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
+    gradients = _gradients_found_again if kept[0] is None else block_backward
+    with without_autocast(projected.device):  # the forward pass has already chosen
+        return dprojected, gradients(
+            dnormed.contiguous(), projected, Weights(*values), Sizes(*shape), (low, high), ids, Kept(*kept), dprojected,
+            reuse, spent,
+        )  # fmt: skip
+
+
+def _gradients_found_again(
+    dnormed: Tensor, projected: Tensor, weights: Weights, sizes: Sizes, limits: tuple[float, float],
+    ids: Tensor | None, kept: Kept, dprojected: Tensor, reuse: bool, spent: bool,
+) -> Weights:  # fmt: skip
+    """As block_backward, with what the forward pass had found again, for some rows of the batch at a time."""
+    batch, L, _ = projected.shape
+    size = max(1, RECOMPUTED // L)
     # Gradients that are added up are so in float32, which they have if the weights do.
-    used = (
-        values
-        if kept is not None or (size >= batch and L <= RECOMPUTED)
-        else [None if t is None else t.float() for t in values]
-    )
-    weights, sizes, limits = Weights(*used), Sizes(*shape), (low, high)
-    sums: list[Tensor | None] = []
-    for some in (slice(start, start + size) for start in range(0, batch, size)):
-        part, own_ids = projected[some], None if ids is None else ids[some]
-        with torch.autocast(part.device.type, enabled=False):  # the forward pass has already chosen
-            again = kept or _again(part, weights, sizes, limits, own_ids, rstd[some])
-            grads = block_backward(
-                dnormed[some], part, weights, sizes, limits, own_ids, again, dprojected[some], reuse or kept is None,
-                spent,
-            )  # fmt: skip
-            del again  # before the next is found
-        more = [getattr(grads, f.name) for f in fields(grads)]
-        sums = [a if b is None else a + b for a, b in zip(more, sums, strict=True)] if sums else more
-    return dprojected, [None if g is None else g.to(t.dtype) for g, t in zip(sums, values, strict=True)]
+    whole = size >= batch and L <= RECOMPUTED
+    given: list[Any] = [t if t is None or whole else t.float() for t in weights]
+    used, sums = Weights(*given), list[Any]()
+    for rows in (slice(start, start + size) for start in range(0, batch, size)):
+        part, own_ids = projected[rows], None if ids is None else ids[rows]
+        again = _again(part, used, sizes, limits, own_ids, kept.rstd[rows])
+        to = part if dprojected is projected else dprojected[rows]
+        grads = block_backward(dnormed[rows], part, used, sizes, limits, own_ids, again, to, True, spent)
+        del again  # before the next is found
+        sums = [a if b is None else a + b for a, b in zip(grads, sums, strict=True)] if sums else [*grads]
+    given = [None if t is None else g.to(t.dtype) for g, t in zip(sums, weights, strict=True)]
+    return Weights(*given)
 
 
 def _fake_backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -338,12 +333,12 @@ def _differentiate(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | 
     # What is saved may be written over if no second backward pass can ask for it; a compiler plans memory itself.
     once = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
     if once and ctx.spent and type(projected) is Tensor:
-        to = projected.detach() if ctx.spent == 2 else projected.new_empty(projected.shape)
-        grads = where_it_lies(_gradients, dnormed, projected, to, True, *values, *ctx.options, *kept)
-        found: list[Tensor | None] = [grads[0], *grads[1]]
+        own = projected.detach()
+        to = own if ctx.spent == 2 else own.new_empty(own.shape)
+        dprojected, grads = where_it_lies(_gradients, dnormed, own, to, True, *values, *ctx.options, *kept)
         torch.autograd.graph.increment_version([projected, *kept[:2]][2 - ctx.spent :])
-    else:
-        found = list(torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept))
+        return dprojected, *grads, *[None] * 7
+    found = torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept)
     given = (projected, *values[:7])
     return *(None if t is None else g for g, t in zip(found, given, strict=True)), *[None] * 7
 
