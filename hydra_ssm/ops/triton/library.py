@@ -45,20 +45,19 @@ def register(
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            *given, keyset = inputs
-            output = below(keyset, *given)
+        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
+            output = below(keyset, *inputs)
             if save is not None:
-                save(ctx, given, output)
+                save(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return *differentiate(ctx, *grads), None
+            return None, *differentiate(ctx, *grads)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Differentiable.apply(*inputs, keyset)
+            return Differentiable.apply(keyset, *inputs)
         return below(keyset, *inputs)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
