@@ -166,15 +166,10 @@ class MatrixMixer(nn.Module):
 
     def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
         projected = self.in_proj(u)
-        if (
-            self.data_dependent
-            and not self.bare
-            and _as_made(self.conv1d, ShortConv)
-            and _as_made(self.norm, GatedNorm)
-        ):
-            y = self.matrix_class.fused(self._block(projected, documents))
-            if y is not None:
-                return self._out(y)
+        block = self._block(projected, documents)
+        fused = None if block is None else self.matrix_class.fused(block)
+        if fused is not None:
+            return self._out(fused)
         z, inputs = self._inputs(projected, documents)
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
@@ -212,8 +207,13 @@ class MatrixMixer(nn.Module):
         impl = self.settings.impl
         return impl if impl in (None, "triton") else "eager"
 
-    def _block(self, projected: Tensor, documents: Documents | None) -> Projected:
+    def _block(self, projected: Tensor, documents: Documents | None) -> Projected | None:
+        """What kernels for all of the block take; None where a part is to be called, or is not there."""
+        if self.bare or not self.data_dependent:
+            return None
         conv, norm = self.conv1d, self.norm
+        if not (_as_made(conv, ShortConv) and _as_made(norm, GatedNorm)):
+            return None
         parameters = {name: read(self, name) for name in self.own}
         private = _as_made(self.in_proj, nn.Linear) and not nn.modules.module._global_forward_hooks
         return Projected(
