@@ -111,6 +111,8 @@ def rates(report: Report) -> list[str]:
         [f"{rate:g}", *(cell(*column, rate) for column in columns)]
         for rate in sorted({rate for found in tried.values() for rate in found})
     ]
+    for what, loss in report["without_context"][TEXTS[0]].items():
+        body.append([f"without context, from {what}", *[f"{loss:.3f}"] * len(columns)])
     title = f"### Norm and learning rate: held-out loss on books after {plan.rate_tokens:,} tokens"
     header = ["peak", *(f"{model}, {norm}-norm" for model, norm in columns)]
     return [title, "", *rows(header, body), *filled(" ".join([*chosen(plan, runs), *edges(plan, runs)])), ""]

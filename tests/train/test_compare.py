@@ -21,6 +21,7 @@ from hydra_ssm.text.tokenizer import train_tokenizer
 from hydra_ssm.train import workers
 from hydra_ssm.train.batches import Batch, Batches
 from hydra_ssm.train.comparison import Plan, command, compare, prepare
+from hydra_ssm.train.comparison.baseline import FREQUENCIES, PLACE, without_context
 from hydra_ssm.train.comparison.data import Data, plainly
 from hydra_ssm.train.comparison.plan import MODELS, NORMS, Choice, Run, length_runs, rate_run, seconds_run, token_runs
 from hydra_ssm.train.comparison.report import MARK, differences, elsewhere, table
@@ -289,6 +290,27 @@ def tried(least: dict[tuple[str, str], float], plan: Plan = GRID) -> list[dict[s
 
 def rates_of(records: list[dict[str, Any]], model: str, norm: str) -> list[float]:
     return [r["rate"] for r in records if (r["model"], r["norm"]) == (model, norm)]
+
+
+def test_what_is_known_without_context_is_what_counting_finds(tmp_path: Path) -> None:
+    """On words in no order: the loss of the conditional frequencies, counted, of hidden tokens given those in place."""
+    words, draw = train_tokenizer([sentences(300)], 60), np.random.default_rng(0)
+    tokens = draw.choice(np.arange(5, 45), 400_000, p=draw.dirichlet(np.full(40, 0.3))).astype(np.uint16)
+    for name in ("train", "books"):
+        np.save(tmp_path / f"{name}.npy", tokens)
+        np.save(tmp_path / f"{name}-ends.npy", np.array([len(tokens)]))
+    words.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "data.json").write_text("{}")
+    found = Data(tmp_path)
+    inputs, labels = (t.numpy() for t in found.evaluation("books", 100))
+    seen, hidden = inputs[labels != IGNORED], labels[labels != IGNORED]
+    losses = without_context(found, "books", 100)
+    for loss, given in ((losses[FREQUENCIES], np.zeros_like(seen)), (losses[PLACE], seen)):
+        pairs = np.zeros((len(words), len(words)))
+        np.add.at(pairs, (given, hidden), 1)
+        counted = pairs / pairs.sum(1, keepdims=True).clip(1)
+        assert loss == pytest.approx(-np.log(counted[given, hidden]).mean(), rel=0.02)
+    assert losses[PLACE] < 0.95 * losses[FREQUENCIES]
 
 
 def test_a_best_rate_at_the_end_has_further_ones_beyond_it_for_both_models_and_norms_alike() -> None:
@@ -581,6 +603,10 @@ def _check_tuning(report: dict[str, Any], text: str) -> None:
             assert f"| **{cell}** |" in text if taken else f"| {cell} |" in text
         elif run["stage"] == "tokens":
             assert (run["norm"], run["rate"]) == chosen[run["model"]]
+    for what in (FREQUENCIES, PLACE):
+        books, wikitext = (report["without_context"][text][what] for text in ("books", "wikitext"))
+        assert f"| without context, from {what} | {books:.3f} |" in text
+        assert f"without context, from {what}: loss books {books:.3f}, wikitext {wikitext:.3f}" in table(report)
     lines = text.replace("\n", " ")
     assert all(line in lines for line in edges(plan, runs))
     for model, (norm, rate) in chosen.items():

@@ -65,7 +65,13 @@ class Data:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} must hold what hydra-ssm compare prepare wrote: {error}") from error
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder / TOKENIZER)
+        self.collator = MaskedLMCollator(self.tokenizer, EVALUATION_RATE)  # of held-out text
         self.evaluation = cache(self._evaluation)
+
+    def tokens(self, name: str) -> NDArray[np.integer]:
+        """All of a text."""
+        tokens: NDArray[np.integer] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return tokens
 
     def rows(self, name: str, length: int) -> Rows:
         """Of a text."""
@@ -79,7 +85,7 @@ class Data:
         rows = self.rows(name, length)
         count = len(rows) if most is None else min(len(rows), max(1, most // length))
         tokens = rows.take(np.linspace(0, len(rows) - 1, count).round().astype(int))
-        inputs, labels = MaskedLMCollator(self.tokenizer, EVALUATION_RATE).mask(together(tokens, key=(0,)))
+        inputs, labels = self.collator.mask(together(tokens, key=(0,)))
         return torch.from_numpy(inputs.reshape(tokens.shape)), torch.from_numpy(labels.reshape(tokens.shape))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..._extras import require
 from ..checkpoints import whole_file
 from ..records import read_json
+from .baseline import without_context
 from .data import Data
 from .plan import MODELS, TEXTS, Plan
 from .run import all_finished, mean_of_parts
@@ -30,6 +31,7 @@ def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
             glue[model] = {name: found[name] for name in ("tasks", "average", "runs")}
     return {
         "date": date.today().isoformat(), "plan": asdict(plan), "data": data.facts, "unfinished": left,
+        "without_context": {text: without_context(data, text, plan.length) for text in TEXTS},
         "summary": [
             {"stage": stage, "model": model, "length": length, **_summary(own)}
             for (stage, model, length), own in _grouped(runs).items()
@@ -105,6 +107,9 @@ def table(report: Report) -> str:
         speed = f"{run['tokens_per_second']:>12,.0f}{MARK * (run['name'] in others)}"
         lines.append(f"{_begin(run)}{cells}{speed}")
     lines += ["losses are of all held-out text, ± their standard error"] if report["runs"] else []
+    for what in report["without_context"][TEXTS[0]]:
+        both = ", ".join(f"{text} {report['without_context'][text][what]:.3f}" for text in TEXTS)
+        lines.append(f"without context, from {what}: loss {both}")
     for found in differences(report):
         both = ", ".join(f"{text} {_with_error(*found[text])}" for text in TEXTS)
         lines.append(f"hydra - bert, {found['stage']}, length {found['length']}, seed {found['seed']}: loss {both}")
