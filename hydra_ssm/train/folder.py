@@ -45,18 +45,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.recipe}: {error}") from error
 
+    def onward(self) -> str:
+        """What goes on with it."""
+        return f"--model {self.path} --out NEW to train its model further" if self.result() else "--resume to go on"
+
     def check_free(self, overwrite: bool) -> None:
         """Raises UserError where something is in the way of a new run. Nothing that is not of a run is ever removed."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} must be a folder, it is a file")
         if self.exists():
             if not overwrite:
-                way = (
-                    f"--model {self.path} --out NEW to train its model further"
-                    if self.result()
-                    else "--resume to go on"
-                )
-                raise UserError(f"{self.path} already holds a run: add {way}, or --overwrite to start again")
+                raise UserError(f"{self.path} already holds a run: add {self.onward()}, or --overwrite to start again")
             return
         entries = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         foreign = [name for name in entries if not name.startswith(UNFINISHED)]

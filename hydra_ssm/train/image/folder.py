@@ -26,6 +26,10 @@ class ImageFolder(RunFolder):
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.recipe}: {error}") from error
 
+    def onward(self) -> str:
+        """What goes on with it."""
+        return "--resume to go on"
+
     def read_data(self) -> dict[str, Any]:
         """What the pictures were when the run began."""
         return json.loads((self.training / DATA).read_text(encoding="utf-8"))
