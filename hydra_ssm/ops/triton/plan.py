@@ -40,12 +40,20 @@ class Plan:
 
 
 @cache
+def _shared_memory(index: int) -> int:
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+@cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def room(device: torch.device) -> int:
     """Bytes of shared memory that a program on this device may have."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda" or not _has_gpu():
         return AMPLE
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:

@@ -48,7 +48,7 @@ class Pictures(Dataset[tuple[Tensor, int, Notes]]):
         notes: Notes = {}
         for tried in range(min(MOST_IN_A_ROW, len(self.part))):
             i = self.part.index[(place + tried) % len(self.part)]
-            _seed(seed, epoch, place)
+            seed_drawing(seed, epoch, place)
             try:
                 picture, done = open_picture(self.part.source.read(i))
                 pixels = self.transform(picture)
@@ -72,12 +72,16 @@ def open_picture_of_nothing() -> Any:
     return Image.new("RGB", (8, 8))
 
 
-def _seed(seed: int, epoch: int, place: int) -> None:
-    """Of everything that timm's transforms draw from."""
-    seeds = np.random.SeedSequence((seed, epoch, place)).generate_state(4)
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1]))
-    torch.manual_seed(int(seeds[2]) << 32 | int(seeds[3]))
+def seed_drawing(*key: int) -> int:
+    """Seed all that timm's transforms draw from, and torch's generator of the CPU with the seed that is returned.
+
+    torch.manual_seed would take a millisecond a picture: it seeds every kind of device, with a stack trace for each.
+    """
+    seeds = [int(s) for s in np.random.SeedSequence(key).generate_state(4)]
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seed := seeds[2] << 32 | seeds[3])
+    return seed
 
 
 def collate(items: list[tuple[Tensor, int, Notes]]) -> Batch:

@@ -13,7 +13,7 @@ MODEL = "vit_hydra_base_patch16_224"  # the paper's
 DIGITS: dict[str, Any] = {  # about a minute on 2 cores
     "model": "vit_hydra_tiny_patch16_224",
     "model_args": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "headdim": 16, "d_state": 16},
-    "img_size": 8, "epochs": 25, "batch_size": 64, "learning_rate": 3e-3, "warm_up_epochs": 3, "drop_path": 0.1,
+    "img_size": 8, "epochs": 12, "batch_size": 64, "learning_rate": 3e-3, "warm_up_epochs": 3, "drop_path": 0.1,
     "randaugment": "", "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "hflip": 0.0, "scale": (0.7, 1.0),
     "ema_decay": 0.99,
 }  # fmt: skip

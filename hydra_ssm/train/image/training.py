@@ -34,7 +34,7 @@ from ..workers import stopping
 from .baselines import logistic_regression, most_frequent
 from .evaluation import number_of_workers, score
 from .folder import DATA, TRAINED_ON, ImageFolder
-from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, training_transform
+from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, seed_drawing, training_transform
 from .progress import Shown
 from .recipe import ImageRecipe
 from .report import finish
@@ -257,7 +257,8 @@ class Run:
     def _step(self, batch: Batch) -> None:
         recipe = self.recipe
         self.notes |= batch.notes
-        _seed(recipe.seed, self.done, self.rank)
+        # All that a step draws: mixing, erasing, what the model drops.
+        torch.manual_seed(seed_drawing(recipe.seed, self.done, self.rank, 1))
         self.schedule.step_update(self.done)
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(zip(batch.pixels.chunk(recipe.accumulate), batch.labels.chunk(recipe.accumulate), strict=True))
@@ -371,13 +372,3 @@ class Run:
                 warnings.simplefilter("ignore")
                 return "logistic regression on the pixels", logistic_regression(self.train_part, self.held_out)
         return "always the commonest class", most_frequent(self.train_part, self.held_out)
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    """Of all that a step draws: mixing, erasing, what the model drops."""
-    import random
-
-    seeds = np.random.SeedSequence((seed, step, rank, 1)).generate_state(4)
-    random.seed(int(seeds[0]))
-    np.random.seed(int(seeds[1]))
-    torch.manual_seed(int(seeds[2]) << 32 | int(seeds[3]))
