@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -148,7 +147,8 @@ class HydraForImageClassification(PreTrainedModel):
         """Logits (B, num_labels) of pictures (B, num_channels, H, W); the loss with labels (B,).
 
         Args:
-            labels: classes, or with one label numbers to regress to.
+            labels: (B,) int classes; (B, num_labels) float 0 or 1 where a picture has several; float for regression
+                (num_labels = 1, or problem_type).
             output_hidden_states: give hidden_states, (B, patches, hidden_size) each: the embedded patches and what each
                 layer gives, in row-major order.
 
@@ -170,8 +170,7 @@ class HydraForImageClassification(PreTrainedModel):
         loss = None
         if labels is not None:
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            regression = logits.shape[-1] == 1
-            loss = F.mse_loss(wide[:, 0], labels.to(wide.dtype)) if regression else F.cross_entropy(wide, labels)
+            loss = self.loss_function(labels, wide, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 
 

@@ -74,6 +74,13 @@ def test_losses_and_hidden_states():
     one = small(num_labels=1)
     found = one(x, labels=torch.tensor([0.5, 1.0]))
     torch.testing.assert_close(found.loss, ((found.logits[:, 0] - torch.tensor([0.5, 1.0])) ** 2).mean())
+    several, both = small(problem_type="multi_label_classification"), torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+    found = several(x, labels=both)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(found.logits, both)
+    torch.testing.assert_close(found.loss, expected)
+    numbers, three = small(problem_type="regression"), torch.randn(2, 3)
+    found = numbers(x, labels=three)
+    torch.testing.assert_close(found.loss, ((found.logits - three) ** 2).mean())
     with pytest.raises(ValueError, match="output_attentions must be False"):
         model(x, output_attentions=True)
     assert isinstance(model(x, return_dict=False), tuple)
