@@ -6,10 +6,12 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 MOST_PIXELS = 1 << 26  # of a picture that is decoded whole
+PARTS = (2, 4, 8)  # of a side, at which a larger JPEG can be decoded
+ENOUGH = 2048  # pixels of the shorter side of a larger JPEG
 MOST_SIDES = 100  # of a picture, the longer over the shorter
 UNREADABLE = "cannot be read"
 JPEG = b"\xff\xd8"  # begins a file
@@ -34,6 +36,8 @@ def open_picture(content: bytes) -> tuple[Image.Image, str]:
             return _decoded(content)
     except Unreadable:
         raise
+    except UnidentifiedImageError:
+        raise Unreadable("the file holds no picture of a known kind") from None
     except Image.DecompressionBombError:
         raise Unreadable(f"more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:  # what a decoder raises for damaged bytes is of a dozen classes
@@ -45,10 +49,12 @@ def _decoded(content: bytes) -> tuple[Image.Image, str]:
         done = _kind(image.mode)
         if image.width * image.height > MOST_PIXELS:
             done = "huge"
-            whole = image.size
-            image.draft(None, (2048, 2048))  # JPEG alone can be decoded at a part of its size
+            width, height = image.size
+            needed = next((n for n in PARTS if width * height <= MOST_PIXELS * n * n), PARTS[-1])
+            part = max(needed, min(width, height) // ENOUGH)
+            image.draft(None, (width // part, height // part))  # JPEG alone can be decoded so
             if image.width * image.height > MOST_PIXELS:
-                raise Unreadable(f"{whole[0]:,} x {whole[1]:,} pixels, more than {MOST_PIXELS:,}")
+                raise Unreadable(f"{width:,} x {height:,} pixels, more than {MOST_PIXELS:,}")
         if max(image.size) > MOST_SIDES * min(image.size):  # its shorter side is scaled up to that of a square
             size = f"{image.width:,} x {image.height:,} pixels"
             raise Unreadable(f"{size}, one side more than {MOST_SIDES} times the other")
@@ -74,7 +80,8 @@ def _kind(mode: str) -> str:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64))).convert("RGB")
+        values = np.asarray(image, dtype=np.float64)
+        return Image.fromarray(_eight_bits(values, fractions=image.mode == "F")).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -82,11 +89,11 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Of 16 bits, of fractions of 1, or of 8 bits in a wide type; of anything else its range."""
+def _eight_bits(values: np.ndarray, fractions: bool) -> np.ndarray:
+    """Of 16 bits, of 8 bits in a wide type, or, where there may be such, of fractions of 1; else of its range."""
     values = np.nan_to_num(values)
     top = values.max(initial=0.0)
-    if top <= 1:
+    if fractions and top <= 1:
         values = values * 255
     elif top > 255:
         values = values / (257 if top <= 65535 else top / 255)
