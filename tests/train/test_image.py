@@ -219,6 +219,62 @@ def test_pictures_without_a_class_are_refused(flowers, tmp_path):
         open_parts(str(tmp_path / "set"), 0)
 
 
+def test_folders_hold_pictures_of_every_kind_and_those_of_no_class_are_left_alone(flowers, tmp_path):
+    shutil.copytree(flowers, tmp_path / "data")
+    (tmp_path / "data" / "val").rename(tmp_path / "data" / "Val")
+    red = tmp_path / "data" / "train" / "red"
+    for ending in ("webp", "bmp", "GIF", "tif"):
+        coloured(COLOURS["red"], 7).save(red / f"more.{ending}")
+    assert [len(part) for part in open_parts(str(tmp_path / "data"))[:2]] == [40, 15]
+    shutil.copy(red / "00.png", red.parent / "stray.png")
+    with pytest.warns(UserWarning, match="1 pictures in no class's folder are left alone, such as .*stray.png"):
+        first, _, classes = open_parts(str(tmp_path / "data"))
+    assert (len(first), classes) == (40, sorted(COLOURS))
+    (tmp_path / "data" / "Val" / "red").rename(tmp_path / "data" / "Val" / "rose")
+    (red.parent / "stray.png").unlink()
+    with pytest.raises(UserError, match=r"every class of .*Val must be trained on, got rose"):
+        open_parts(str(tmp_path / "data"))
+
+
+def test_a_class_may_be_named_as_a_part_is(flowers, tmp_path):
+    for own, name in (("red", "train"), ("blue", "bus"), ("green", "Test")):
+        shutil.copytree(flowers / "train" / own, tmp_path / name)
+    first, held_out, classes = open_parts(str(tmp_path))
+    assert (len(first) + len(held_out), classes) == (36, ["bus", "Test", "train"])
+
+
+def test_shards_pictures_of_no_class_are_left_alone(flowers, tmp_path):
+    shards(flowers, tmp_path, with_cls=True)
+    damaged = tmp_path / "flowers-train-0000.tar"
+    with tarfile.open(damaged) as archive:
+        members = [(m.name, archive.extractfile(m).read()) for m in archive]
+    wrong = {"0000.cls": b"", "0001.cls": b"\xff\xfe", "0002.cls": b"-1", "0003.cls": None}
+
+    def write(wrong: dict[str, bytes | None]) -> None:
+        with tarfile.open(damaged, "w") as archive:
+            for name, data in members:
+                data = wrong.get(name, data)
+                entry = tarfile.TarInfo(f"pictures/{name}")
+                entry.size = len(data or b"")
+                if data is not None:
+                    archive.addfile(entry, io.BytesIO(data))
+
+    write(wrong)
+    with pytest.warns(UserWarning, match=r"flowers-train-0000.tar: 4 pictures have no class and are left alone"):
+        first, _, classes = open_parts(str(tmp_path))
+    assert (len(first), classes) == (32, ["0", "1", "2"])
+    write({"0000.cls": b"99999999999999999999"})
+    with pytest.raises(UserError, match=r"0000.png is of class 99999999999999999999, classes must be below 1,000,000"):
+        open_parts(str(tmp_path))
+
+
+def test_one_class_alone_is_nothing_to_learn(flowers, tmp_path):
+    shutil.copytree(flowers / "train" / "red", tmp_path / "data" / "train" / "red")
+    with pytest.raises(UserError, match="must be pictures of at least two classes, got red alone"):
+        train(ImageRecipe.of(data=str(tmp_path / "data"), **{**TINY, "batch_size": 2}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_nobody_has_divided_has_a_tenth_held_out(flowers):
     first, again, other = (open_parts(str(flowers / "train"), seed) for seed in (0, 0, 1))
     assert (len(first[0]), len(first[1])) == (33, 3)
@@ -553,7 +609,7 @@ MISTAKES = {
     "image train --data flowers --drop-path 2": "drop_path must be at most 1, got 2",
     "image train --data flowers --smoothing 1": "smoothing must be below 1",
     "image train --data flowers --scale 0.9 0.1": "scale must be two rising numbers",
-    "image train --data flowers/train/red": "must hold folders of at least two classes, it holds 1",
+    "image train --data flowers/train/red": "must hold folders of pictures, one a class",
     "image train --out out --resume": "there is no run in out to resume: start it without --resume",
     "image train --resume --overwrite": "--resume goes on with a run, --overwrite removes it",
     "image train --data flowers --out run --batch-size 8": "run already holds a run: add --resume",

@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(folder, picture, tmp_path, capsys):
     assert "--patches must be rows and columns such as 3,4, got 3" in told(folder, picture, "--patches", "3")
     assert "No such file" in told(folder, tmp_path / "none.jpg")
     (tmp_path / "text.jpg").write_text("words", encoding="utf-8")
-    assert "cannot identify image file" in told(folder, tmp_path / "text.jpg")
+    assert "the file holds no picture of a known kind" in told(folder, tmp_path / "text.jpg")
     assert "layers must be numbers from 0 to 1, got 7" in told(folder, picture, "--layers", "7")
     assert "--patches are of pictures" in told(tmp_path, "A sentence.", "--patches", "1,1")
     (folder / "pytorch_model.bin").unlink()

@@ -64,6 +64,8 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
         if rank == 0:
             folder.check_free(overwrite)
             parts = open_parts(recipe.data, recipe.seed)
+            if len(parts[2]) < 2:
+                raise UserError(f"there must be pictures of at least two classes, got {parts[2][0]} alone")
             create(recipe, len(parts[2]))  # raises where it cannot be made, before anything is written
             _check_enough(parts[0], recipe)
             with folder.begin(overwrite) as part:

@@ -13,6 +13,8 @@ import numpy as np
 from ...errors import UserError
 from .parts import ENDINGS, HELD_OUT_NAMES, Parts, both, divided
 
+MOST_CLASSES = 1_000_000  # where they are numbers
+
 
 class Shards:
     """Tar files as WebDataset writes them (KEY.jpg beside KEY.cls), or with a folder for each class.
@@ -29,7 +31,10 @@ class Shards:
         if not found:
             raise UserError(f"{paths[0].parent} must hold shards with KEY.jpg and KEY.cls, or CLASS/PICTURE in them")
         names = sorted({entry[-1] for entry in found}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else n))
-        if all(name.isdigit() for name in names):  # numbers: the classes are all up to the largest
+        if names[-1].isdigit():  # all of them: the classes are all up to the largest
+            if int(names[-1]) >= MOST_CLASSES:
+                picture = next(entry[3] for entry in found if entry[-1] == names[-1])
+                raise UserError(f"{picture} is of class {names[-1]}, classes must be below {MOST_CLASSES:,}")
             names = [str(i) for i in range(int(names[-1]) + 1)]
         self.classes = list(classes or names)
         number = {name: i for i, name in enumerate(self.classes)}
@@ -62,18 +67,29 @@ def _entries(path: Path) -> list[tuple[int, int, str, str]]:
                 if member.isfile() and dot and f".{ending.lower()}".endswith(ENDINGS):
                     pictures.append((key, member.offset_data, member.size, member.name))
                 elif member.isfile() and ending == "cls" and (file := archive.extractfile(member)):
-                    classes[key] = file.read().decode().strip()
+                    classes[key] = _class(file.read())
         _check_end(path)
     except (tarfile.TarError, EOFError, OSError) as error:
         if not pictures:
             raise UserError(f"{path} must be a tar file that is not compressed: {error}") from None
         warnings.warn(f"{path.name} is damaged, its first {len(pictures)} pictures are used: {error}", stacklevel=2)
-    found = []
-    for key, offset, size, name in pictures:
-        folder = Path(name).parent.name
-        if key in classes or folder:
-            found.append((offset, size, name, classes.get(key, folder)))
+    named = [
+        (offset, size, name, classes.get(key, "") if classes else Path(name).parent.name)
+        for key, offset, size, name in pictures
+    ]
+    found = [entry for entry in named if entry[-1]]
+    if 0 < len(found) < len(named):
+        warnings.warn(f"{path.name}: {len(named) - len(found)} pictures have no class and are left alone", stacklevel=2)
     return found
+
+
+def _class(content: bytes) -> str:
+    """What KEY.cls says, "" where that is nothing: a number below 0 is how the lack of a class is written."""
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        return ""
+    return "" if text.startswith("-") and text[1:].isdigit() else text
 
 
 def _check_end(path: Path) -> None:
