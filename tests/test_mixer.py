@@ -166,6 +166,31 @@ def test_parameters_may_be_functional_or_parametrized():
     assert m(u).isfinite().all()
 
 
+@pytest.mark.parametrize("name", sorted(MATRICES.keys() - {"cauchy", "vandermonde"}))
+def test_torch_func_gives_each_example_its_gradient_and_gradients_of_gradients(name):
+    """Those of a backward pass for each example, and their differences: there closed forms make the gradients."""
+    m = MatrixMixer(16, name, max_length=20, **SMALL).double()
+    parameters = {n: p.detach() for n, p in m.named_parameters()}
+    u, mask = torch.randn(3, 9, 16, dtype=torch.float64), torch.arange(9) < torch.tensor([[9], [5], [1]])
+
+    def energy(parameters, u, mask):
+        return torch.func.functional_call(m, parameters, (u[None], mask[None])).square().sum()
+
+    def backward(u, mask):
+        leaves = [u.requires_grad_(), *m.parameters()]
+        return torch.autograd.grad(energy(dict(m.named_parameters()), u, mask), leaves, materialize_grads=True)
+
+    of_parameters, of_u = torch.func.vmap(torch.func.grad(energy, argnums=(0, 1)), (None, 0, 0))(parameters, u, mask)
+    for i in range(len(u)):
+        found = [t[i] for t in (of_u, *of_parameters.values())]
+        torch.testing.assert_close(found, list(backward(u[i].clone(), mask[i])))
+    gradient = torch.func.grad(lambda u: energy(parameters, u, mask[0]))
+    way, step = torch.randn_like(u[0]), 1e-5
+    ahead, behind = (backward(u[0] + s * way, mask[0])[0] for s in (step, -step))
+    curvature = torch.func.jvp(gradient, (u[0],), (way,))[1]
+    torch.testing.assert_close(curvature, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-5)
+
+
 def test_a_module_from_the_meta_device_can_be_drawn_anew():
     m = MatrixMixer(16, "attention", data_dependent=False, max_length=20, device="meta", **SMALL)
     hydra = Hydra(512, headdim=8, device="meta")

@@ -24,14 +24,19 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def transforming() -> bool:
+    """Whether torch.func transforms: it takes any operation, but no gradient in a closed form."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:
     """Whether kernels compute what begins with x; misfit says what they need and do not get.
 
-    None chooses them on CUDA where nothing misfits, but not for a program that is to run elsewhere. Who names them gets
-    them or the reason: ValueError for a misfit, ImportError where Triton is not installed.
+    None chooses them on CUDA where nothing misfits, but not for a program that is to run elsewhere, nor under torch.func.
+    Who names them gets them or the reason: ValueError for a misfit, ImportError where Triton is not installed.
     """
     if impl is None:
-        return x.is_cuda and HAS_TRITON and not exporting() and misfit() is None
+        return x.is_cuda and HAS_TRITON and not (exporting() or transforming()) and misfit() is None
     if impl != "triton":
         return False
     if not HAS_TRITON:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._autograd import uncast
-from .backend import check_layer_impl, conv_misfit, exporting, misplaced, takes_triton
+from .backend import check_layer_impl, conv_misfit, exporting, misplaced, takes_triton, transforming
 from .documents import Documents
 
 PORTION = 256  # tokens whose products fit into a CPU's cache
@@ -63,7 +63,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents 
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    if exporting():  # padded by itself, it holds for any length: the layouts of others depend on it
+    if exporting() or transforming():  # padded by itself, it holds for any length: the layouts of others depend on it
         halo = weight.shape[-1] // 2
         return F.conv1d(F.pad(x, (0, 0, halo, halo)).mT, weight, groups=weight.shape[0]).mT
     return _Depthwise.apply(x, weight)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import uncast
+from .backend import transforming
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class _Reorder(torch.autograd.Function):
 
 
 def _reorder(t: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
-    if not t.is_floating_point() or not torch.is_grad_enabled():
+    if not t.is_floating_point() or not torch.is_grad_enabled() or transforming():
         return _taken(t, places)
     return _Reorder.apply(t, places, inverse)
 

@@ -1,5 +1,7 @@
 """The semiseparable product in blocks, in operations that every runtime has and without a loop: what is exported.
 
+Its gradients are autograd's, any number of them: what torch.func transforms, too.
+
 One program for any length: the number of blocks is a size like others. Linear in time and memory but for one number for
 each head and pair of blocks. Where PyTorch runs, `chunked` is faster and holds less.
 """

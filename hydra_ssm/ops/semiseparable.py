@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import exporting, misplaced, product_misfit, takes_triton
+from .backend import exporting, misplaced, product_misfit, takes_triton, transforming
 from .chunked import chunked
 from .documents import Documents
 from .plain import plain
@@ -34,9 +34,9 @@ def semiseparable(
     Args:
         diagonal: (B, L, H), or None for none besides the triangles' own.
         impl: "triton" (kernels, for one triangle, or two of a kind that read opposite ways), "chunked" (O(L), eager),
-            "plain" (the same in operations that can be exported), "dense" (O(L^2)) or "recurrent" (O(L) steps, the
-            oracle). None takes "plain" in torch.export, "triton" on CUDA where it can, else
-            "chunked".
+            "plain" (the same in operations that can be exported and transformed), "dense" (O(L^2)) or "recurrent" (O(L)
+            steps, the oracle). None takes "plain" in torch.export and under torch.func, "triton" on CUDA where it can,
+            else "chunked". The first two are differentiable once, the others as often as anybody likes.
 
     Raises:
         ValueError: shapes do not fit, or what impl names cannot take these triangles.
@@ -48,7 +48,7 @@ def semiseparable(
     ids = None if documents is None else documents.ids
     if takes_triton(impl, x, lambda: _misfit(x, triangles)):
         return _fused(x, triangles, ids, diagonal)
-    y = EAGER[impl or ("plain" if exporting() else "chunked")](x, triangles, ids)
+    y = EAGER[impl or ("plain" if exporting() or transforming() else "chunked")](x, triangles, ids)
     return y if diagonal is None else y + (diagonal[..., None] * x).to(x.dtype)
 
 
