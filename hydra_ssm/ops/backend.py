@@ -32,8 +32,8 @@ def transforming() -> bool:
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:
     """Whether kernels compute what begins with x; misfit says what they need and do not get.
 
-    None chooses them on CUDA where nothing misfits, but not for a program that is to run elsewhere, nor under torch.func.
-    Who names them gets them or the reason: ValueError for a misfit, ImportError where Triton is not installed.
+    None chooses them on CUDA where nothing misfits, but not for a program that is to run elsewhere and not under
+    torch.func. Who names them gets them or the reason: ValueError for a misfit, ImportError where there is no Triton.
     """
     if impl is None:
         return x.is_cuda and HAS_TRITON and not (exporting() or transforming()) and misfit() is None
