@@ -10,6 +10,7 @@ import socket
 import sys
 import tarfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -467,6 +468,37 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bits(flowers, 
     assert main(["image", "train", "--out", str(tmp_path / "out"), "--resume"]) == 0
     own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
     assert own == other
+
+
+def test_a_run_that_is_told_to_stop_while_it_evaluates_does_so_at_once(flowers, tmp_path, monkeypatch):
+    recipe = ImageRecipe.of(data=str(flowers), **TINY)
+    monkeypatch.setattr(training, "score", partial(evaluation.score, batch_size=1))
+    train(recipe, tmp_path / "whole")
+    sums, seen = evaluation._sums, []
+
+    def measured(*given):
+        if not seen:
+            signal.raise_signal(signal.SIGTERM)
+        seen.append(given)
+        return sums(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_sums", measured)
+        with pytest.raises(Stopped, match="saved after step 4 of 8"):
+            train(recipe, tmp_path / "out")
+        assert len(seen) == 2  # one picture, by either kind of weights
+    assert resume(tmp_path / "out")["course"] == json.loads((tmp_path / "whole/metrics.json").read_text())["course"]
+    own, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert own == other
+
+
+def test_what_fails_after_the_last_step_loses_no_step(flowers, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "finish", lambda run, baseline: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(ImageRecipe.of(data=str(flowers), **TINY, save_every=3), tmp_path)
+    monkeypatch.setattr(Run, "_step", lambda self, batch: 1 / 0)
+    assert len(resume(tmp_path)["course"]) == 2
 
 
 def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_path):

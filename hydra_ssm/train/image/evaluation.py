@@ -43,8 +43,12 @@ def score(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Score], Notes]:
-    """The score of each model, in eval mode, on a part that is read once and dealt out over the processes."""
+    """The score of each model, in eval mode, on a part that is read once and dealt out over the processes.
+
+    Nothing once `stop` says so.
+    """
     pictures = Pictures(part, evaluation_transform(config), training=False)
     batches = loader(pictures, EvaluationOrder(len(part), batch_size, rank, world), workers)
     sums = torch.zeros(len(models), 4, dtype=torch.float64, device=device)  # right, right in five, loss, pictures
@@ -52,6 +56,8 @@ def score(
     notes: Notes = {}
     training, started = [model.training for model in models.values()], time.perf_counter()
     for batch in batches:
+        if stop():
+            break
         notes |= batch.notes
         known = batch.labels != MISSING
         if not known.any():
@@ -67,6 +73,8 @@ def score(
         model.train(was)
     if world > 1:
         torch.distributed.all_reduce(sums)
+    if stop():
+        return {}, notes
     reading = time.perf_counter() - started - sum(busy)
     found = {}
     for name, own, spent in zip(models, sums.tolist(), busy, strict=True):

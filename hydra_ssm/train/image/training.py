@@ -221,9 +221,12 @@ class Run:
         logs = SummaryWriter(self.folder.tensorboard, purge_step=self.done + 1) if self.rank == 0 else None
         with stopping(asked) as received, Shown(self.steps, self.done, self.rank > 0) as shown:
             self.shown, self.logs = shown, logs
-            while self.done < self.steps:
-                self._epoch(asked)
-                if self.done < self.steps and self._anybody(asked.is_set()):
+            while len(self.curve) < self.recipe.epochs:
+                if self.done == (len(self.curve) + 1) * self.order.steps:
+                    self._evaluate(asked)
+                else:
+                    self._epoch(asked)
+                if len(self.curve) < self.recipe.epochs and self._anybody(asked.is_set()):
                     self._save()
                     raise Stopped(self.done, self.steps, received[0] if received else 15, self.folder.path)
         self._check_finite()
@@ -239,20 +242,16 @@ class Run:
             _wait(self.world)
 
     def _epoch(self, asked: threading.Event) -> None:
-        """The rest of the epoch that the run is in, and its evaluation; ends early when somebody asks."""
-        epoch, self.order.start = divmod(self.done, self.order.steps)
-        self.order.epoch = epoch
+        """The rest of the epoch that the run is in; ends early when somebody asks."""
+        self.order.epoch, self.order.start = divmod(self.done, self.order.steps)
         pictures = Pictures(self.train_part, training_transform(self.recipe, self.config), training=True)
         save_every = self.recipe.save_every or self.order.steps
         self._since, self._seen = time.perf_counter(), 0
         for batch in loader(pictures, self.order, self.workers):
             self._step(batch)
-            ended = self.done % self.order.steps == 0
-            if ended:
-                self._evaluate(epoch + 1)
-            if self.done < self.steps and self.done % save_every == 0:
+            if self.done % save_every == 0 or self.done == self.steps:
                 self._save()
-            ask = not ended and (self.world == 1 or self.done % ASK_EVERY == 0)  # among several the GPU is waited for
+            ask = self.world == 1 or self.done % ASK_EVERY == 0  # among several the GPU is waited for
             if ask and self._anybody(asked.is_set()):
                 return
 
@@ -307,12 +306,15 @@ class Run:
         self.losses.clear()
         self._since, self._seen = time.perf_counter(), 0
 
-    def _evaluate(self, epoch: int) -> None:
-        """Both kinds of weights on the held-out pictures."""
-        models = {"raw": self.model, "averaged": self.ema.module}
+    def _evaluate(self, asked: threading.Event) -> None:
+        """Both kinds of weights on the held-out pictures; nothing where somebody asks to stop."""
+        models, epoch = {"raw": self.model, "averaged": self.ema.module}, len(self.curve) + 1
         scores, notes = score(
-            models, self.held_out, self.config, self.device, workers=self.workers, rank=self.rank, world=self.world
-        )
+            models, self.held_out, self.config, self.device, workers=self.workers, rank=self.rank, world=self.world,
+            stop=asked.is_set,
+        )  # fmt: skip
+        if self._anybody(asked.is_set()):
+            return
         self.notes |= notes
         self.curve.append(
             {"epoch": epoch, "step": self.done, **{f"top1_{name}": s.top1 for name, s in scores.items()},
@@ -323,7 +325,6 @@ class Run:
         if self.logs is not None:
             for name, value in self.curve[-1].items():
                 self.logs.add_scalar(f"held_out/{name}", value, self.done)
-        self._since, self._seen = time.perf_counter(), 0
 
     def _anybody(self, asked: bool) -> bool:
         """Whether any process was asked to stop."""
