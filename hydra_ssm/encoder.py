@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .matrices import MATRICES
 from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention, check_input
-from .ops import Documents, Order, Ordering, make_orders, per_document
+from .ops import Documents, Order, Ordering, make_orders, per_document, zero_padding
 
 MixerSpec = str | Mapping[str, Any]
 FOR_ATTENTION = {"headdim"}
@@ -39,7 +39,7 @@ def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> Mat
     "hydra", "attention" (the Transformer's), the name of another matrix class (in the gated block), or a mapping of
     MatrixMixer's arguments, which go before `options`.
     """
-    if not isinstance(spec, str):
+    if isinstance(spec, Mapping):
         if "matrix" not in spec:
             raise ValueError(f"a mapping of MatrixMixer's arguments must name its matrix, got {dict(spec)}")
         return MatrixMixer(d_model, **{**options, **spec})
@@ -47,10 +47,10 @@ def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> Mat
         return Hydra(d_model, **options)
     if spec == "attention":
         return SelfAttention(d_model, **{name: value for name, value in options.items() if name in FOR_ATTENTION})
-    if spec in MATRICES:
+    if isinstance(spec, str) and spec in MATRICES:
         return MatrixMixer(d_model, spec, **options)
     names = dict.fromkeys(["hydra", "attention", *MATRICES])
-    raise ValueError(
+    raise (ValueError if isinstance(spec, str) else TypeError)(
         f"a mixer must be one of {', '.join(names)}, or a mapping of MatrixMixer's arguments, got {spec!r}"
     )
 
@@ -115,6 +115,11 @@ class EncoderLayer(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        if norm not in ("post", "pre"):
+            raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+        for name, width in (("d_ff", d_ff), ("d_condition", d_condition)):
+            if width < 0:
+                raise ValueError(f"{name} must be a width, or 0 for none, got {width}")
         D = mixer.d_model
         self.pre = norm == "pre"
         self.mixer = mixer
@@ -204,14 +209,12 @@ class Encoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if isinstance(mixers, (str, Mapping)):
+        if isinstance(mixers, str) or not isinstance(mixers, Sequence):
             raise TypeError(f"mixers must be a list with one for each layer, got {mixers!r}: [{mixers!r}] is one layer")
         if not mixers:
             raise ValueError("an encoder needs at least one mixer, got none")
         if unknown := options.keys() - OPTIONS:
             raise TypeError(f"an encoder has no option {', '.join(sorted(unknown))}")
-        if norm not in ("post", "pre"):
-            raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         self.d_model, self.d_condition = d_model, d_condition
@@ -260,6 +263,8 @@ class Encoder(nn.Module):
         """
         check_input(h, self.d_model)
         self._check(h, cu_seqlens, order, condition)
+        if every_layer and states is not None:
+            raise ValueError(f"states must come without every_layer, which gives all of them, got {list(states)}")
         depth = len(self.layers)
         kept = set(range(depth + 1)) if every_layer else {depth} if states is None else _numbers(states, depth)
         orders = [None] if order is None else make_orders(order, (h.shape[0], h.shape[1]))
@@ -270,7 +275,7 @@ class Encoder(nn.Module):
             numbers = [n for n in range(first, layers.stop + 1) if n in kept or n == layers.stop]
             run = partial(self._layers, layers, numbers, normed=states is None, condition=condition)
             if one is not None and one.count > 1:
-                parts = _without_padding(run(_without_padding(h, mask), None, order=one, mask=mask), mask).unbind(2)
+                parts = zero_padding(run(zero_padding(h, mask), None, order=one, mask=mask), mask).unbind(2)
             elif one is not None:
                 rows = per_document(run, one.take(h), None if mask is None else one.take(mask), None)
                 parts = one.restore(rows).unbind(2)
@@ -328,7 +333,3 @@ def _numbers(states: Collection[int], depth: int) -> set[int]:
     if wrong or not states:
         raise ValueError(f"states must be numbers from 0 to {depth}, got {list(states)}")
     return set(states)
-
-
-def _without_padding(h: Tensor, mask: Tensor | None) -> Tensor:
-    return h if mask is None else Documents(mask.long() - 1).zero_padding(h)

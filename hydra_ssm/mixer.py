@@ -324,11 +324,13 @@ def _taken(inputs: Inputs, layout: Layout) -> Inputs:
 
 
 def _matrix_class(matrix: str | type[StructuredMatrix]) -> type[StructuredMatrix]:
-    if not isinstance(matrix, str):
-        return matrix
-    if matrix not in MATRICES:
-        raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
-    return MATRICES[matrix]
+    if isinstance(matrix, str):
+        if matrix not in MATRICES:
+            raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
+        return MATRICES[matrix]
+    if not (isinstance(matrix, type) and issubclass(matrix, StructuredMatrix)):
+        raise TypeError(f"matrix must be a name in hydra_ssm.MATRICES or a class of StructuredMatrix, got {matrix!r}")
+    return matrix
 
 
 def _form(matrix: type[StructuredMatrix], data_dependent: bool | None) -> bool:

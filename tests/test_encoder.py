@@ -64,7 +64,14 @@ def test_misfits_are_named():
     with pytest.raises(ValueError, match="at least one mixer"):
         Encoder(16, [])
     with pytest.raises(ValueError, match="norm must be 'post' or 'pre', got 'sandwich'"):
-        Encoder(16, ["hydra"], norm="sandwich")
+        Encoder(16, ["hydra"], norm="sandwich", **SMALL)
+    with pytest.raises(TypeError, match=r"a mixer must be one of .*, or a mapping of MatrixMixer's arguments, got 3"):
+        Encoder(16, [3])
+    for name in ("d_ff", "d_condition"):
+        with pytest.raises(ValueError, match=f"{name} must be a width, or 0 for none, got -1"):
+            Encoder(16, ["hydra"], **{name: -1}, **SMALL)
+    with pytest.raises(ValueError, match=r"states must come without every_layer, which gives all of them, got \[1\]"):
+        Encoder(16, ["hydra"], **SMALL)(torch.zeros(2, 5, 16), every_layer=True, states=[1])
     with pytest.raises(ValueError, match="headdim must divide expand \\* d_model = 32, got 9"):
         Encoder(16, ["hydra"], headdim=9)
     with pytest.raises(ValueError, match=r"\(batch, length, d_model = 16\), none of them 0, got \(2, 0, 16\)"):

@@ -250,6 +250,11 @@ def test_a_deep_copy_and_a_state_dict_carry_everything():
         ({"ngroups": 3}, "ngroups must divide the 4 heads, got 3"),
         ({"d_state": 0}, "d_state must be at least 1, got 0"),
         ({"matrix": "circulant"}, "matrix must be one of dense, attention,"),
+        (
+            {"matrix": int},
+            "matrix must be a name in hydra_ssm.MATRICES or a class of StructuredMatrix, got <class 'int'>",
+        ),
+        ({"dt_min": 0.5}, "dt_min must be above 0 and at most dt_max = 0.1, got 0.5"),
         ({"matrix": "dense", "data_dependent": True}, "Dense has a fixed form alone, no data-dependent one"),
         ({"matrix": "concat", "headdim": 32}, "concat needs an even number of heads"),
         ({"A_init_range": (-1, 1)}, "A_init_range must be two rising numbers above 0, got (-1, 1)"),

@@ -51,6 +51,8 @@ class Triangles(StructuredMatrix):
             raise ValueError(f"A_init_range must be two rising numbers above 0, got {settings.A_init_range}")
         if not 0 <= settings.dt_limit[0] < settings.dt_limit[1]:
             raise ValueError(f"dt_limit must be two rising numbers, the first at least 0, got {settings.dt_limit}")
+        if not 0 < settings.dt_min <= settings.dt_max:
+            raise ValueError(f"dt_min must be above 0 and at most dt_max = {settings.dt_max}, got {settings.dt_min}")
         found = {"dt_bias": _dt_bias(settings), "A_log": torch.empty(H).uniform_(low, high).log()}
         if cls.free_diagonal:
             inner = H * P

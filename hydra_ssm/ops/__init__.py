@@ -2,7 +2,7 @@
 
 from .block import fused_block
 from .conv import short_conv
-from .documents import Documents, Layout, layout, per_document, rows
+from .documents import Documents, Layout, layout, per_document, rows, zero_padding
 from .linear import last_linear
 from .norm import gated_rms_norm
 from .orders import Order, Ordering, make_orders
@@ -24,4 +24,5 @@ __all__ = [
     "rows",
     "semiseparable",
     "short_conv",
+    "zero_padding",
 ]

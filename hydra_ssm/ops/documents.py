@@ -58,8 +58,16 @@ class Documents:
 
     def zero_padding(self, t: Tensor) -> Tensor:
         """`t` (B, L, ...) with zeros, which no gradient passes, where there is no token."""
-        valid = self.valid.reshape(self.valid.shape + (1,) * (t.ndim - 2))
-        return torch.where(valid, t, torch.zeros((), dtype=t.dtype, device=t.device))
+        return zero_padding(t, self.valid)
+
+
+def zero_padding(t: Tensor, mask: Tensor | None) -> Tensor:
+    """`t` (B, L, ...) with zeros, which no gradient passes, where `mask` (B, L) is False; None: it is nowhere."""
+    if mask is None:
+        return t
+    return torch.where(
+        mask.reshape(mask.shape + (1,) * (t.ndim - 2)), t, torch.zeros((), dtype=t.dtype, device=t.device)
+    )
 
 
 def starts(ids: Tensor) -> Tensor:
@@ -90,8 +98,7 @@ class Layout:
         """Tokens of the inner grid (B', L', ...) in the outer grid (B, L, ...)."""
         if self.target is None:
             return t
-        t = t.flatten(0, 1)[self.target]
-        return t if self.valid is None else Documents(self.valid.long() - 1).zero_padding(t)
+        return zero_padding(t.flatten(0, 1)[self.target], self.valid)
 
 
 def layout(shape: tuple[int, int], mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout | None:

@@ -208,7 +208,7 @@ class HydraForMultipleChoice(_Pooled):
 
 def _rows(value: Any) -> Any:
     """Choices as rows: (B, choices, ...) to (B choices, ...)."""
-    return value.flatten(0, 1) if isinstance(value, Tensor) else value
+    return value.flatten(0, 1) if isinstance(value, Tensor) and value.ndim > 2 else value
 
 
 class HydraForTokenClassification(HydraPreTrainedModel):

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..encoder import Encoder
-from ..ops import layout
+from ..ops import layout, zero_padding
 from ..pretrained import IN_FLOAT32, initialize_mixers
 from .config import HydraConfig
 
@@ -173,34 +173,39 @@ class HydraModel(HydraPreTrainedModel):
                 "output_attentions must be False: these mixers have no attention maps, "
                 "hydra_ssm.inspection.mixing_matrices gives what they mix with"
             )
-        mask = self._mask(attention_mask)
-        words = self._words(input_ids, inputs_embeds, mask)
+        mask = _mask(attention_mask, self._shape(input_ids, inputs_embeds))
+        words = (
+            self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else zero_padding(inputs_embeds, mask)
+        )
         h = self.embeddings(words, token_type_ids, position_ids, mask, cu_seqlens)
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             states = self.encoder(h, mask, cu_seqlens, every_layer=True).unbind(2)
             return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
         return BaseModelOutput(last_hidden_state=self.encoder(h, mask, cu_seqlens))
 
-    def _mask(self, attention_mask: Tensor | None) -> Tensor | None:
-        """True for tokens; None where all are, which is faster."""
-        if attention_mask is None:
-            return None
-        mask = attention_mask.bool()
-        return None if not torch.compiler.is_compiling() and mask.all() else mask
-
-    def _words(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
+    def _shape(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, ...]:
+        """(B, L) of the one that is given."""
+        if input_ids is not None and inputs_embeds is None:
+            if input_ids.ndim != 2 or 0 in input_ids.shape:
+                raise ValueError(f"input_ids must be (batch, length), none of them 0, got {tuple(input_ids.shape)}")
+            return tuple(input_ids.shape)
+        if inputs_embeds is None or input_ids is not None:
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        assert given is not None
-        if given.ndim != 2 or 0 in given.shape:
-            raise ValueError(f"input_ids must be (batch, length), none of them 0, got {tuple(given.shape)}")
-        if mask is not None and mask.shape != given.shape:
-            raise ValueError(f"attention_mask must be (batch, length) = {tuple(given.shape)}, got {tuple(mask.shape)}")
-        if inputs_embeds is None:
-            return self.embeddings.word_embeddings(input_ids)
-        if mask is None:
-            return inputs_embeds
-        return torch.where(
-            mask[..., None], inputs_embeds, torch.zeros((), dtype=inputs_embeds.dtype, device=mask.device)
-        )
+        D, got = self.config.hidden_size, tuple(inputs_embeds.shape)
+        if len(got) != 3 or got[2] != D or 0 in got:
+            raise ValueError(f"inputs_embeds must be (batch, length, hidden_size = {D}), none of them 0, got {got}")
+        return got[:2]
+
+
+def _mask(attention_mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """True for tokens; None where all are, which is faster."""
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) != shape:
+        raise ValueError(f"attention_mask must be (batch, length) = {shape}, got {tuple(attention_mask.shape)}")
+    mask = attention_mask.bool()
+    if torch.compiler.is_compiling():
+        return mask
+    if attention_mask.is_floating_point() and (least := attention_mask.min()) < 0:
+        raise ValueError(f"attention_mask must be 1 for tokens and 0 for padding, got {least:g}: what adds to scores?")
+    return None if mask.all() else mask

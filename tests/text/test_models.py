@@ -113,6 +113,11 @@ def test_choices_of_another_shape_are_refused(inputs: dict[str, Tensor], got: st
         HydraForMultipleChoice(tiny())(**inputs)
 
 
+def test_a_mask_of_choices_is_named_as_it_was_given() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask must be \(batch, length\) = \(6, 4\), got \(3, 4\)"):
+        HydraForMultipleChoice(tiny())(input_ids=words(3, 2, 4), attention_mask=torch.ones(3, 4))
+
+
 def test_in_training_a_masked_lm_decodes_labelled_tokens_alone(exact: HydraForMaskedLM) -> None:
     ids, labels = words(2, 9), torch.full((2, 9), -100)
     labels[0, 3], labels[1, 0], labels[1, 8] = 7, 8, 9

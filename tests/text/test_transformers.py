@@ -97,6 +97,16 @@ def test_a_field_of_another_type_is_refused(field: dict[str, Any]) -> None:
             {"input_ids": words(2, 5), "attention_mask": torch.zeros(2, 4)},
             r"attention_mask must be .*\(2, 5\).*\(2, 4\)",
         ),
+        (
+            {"input_ids": words(2, 5), "attention_mask": torch.ones(2, 1, 1, 5)},
+            r"attention_mask must be .*\(2, 5\).*\(2, 1, 1, 5\)",
+        ),
+        (
+            {"input_ids": words(2, 5), "attention_mask": torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf]).expand(2, 5)},
+            "attention_mask must be 1 for tokens and 0 for padding, got -inf",
+        ),
+        ({"inputs_embeds": torch.zeros(5, 32)}, r"inputs_embeds must be .*hidden_size = 32\).*\(5, 32\)"),
+        ({"inputs_embeds": torch.zeros(2, 5, 1)}, r"inputs_embeds must be .*hidden_size = 32\).*\(2, 5, 1\)"),
         ({"input_ids": words(2, 5), "labels": words(2, 4)}, r"labels must be .*\(2, 5\).*\(2, 4\)"),
         ({"input_ids": words(2, 5), "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens needs a batch of one packed row"),
         ({"input_ids": words(2, 5), "output_attentions": True}, "no attention maps"),
