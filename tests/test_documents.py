@@ -1,5 +1,6 @@
 """Padding and packing are exact: real tokens come out, and get gradients, as if each document were run alone."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_ssm import MATRICES, Encoder, MatrixMixer
-from hydra_ssm.ops import layout, rows, short_conv
+from hydra_ssm.ops import gated_rms_norm, layout, rows, short_conv
 
 FORMS = [(name, dd) for name, c in MATRICES.items() for dd in (True, False) if (c.data_dependent if dd else c.fixed)]
 forms = pytest.mark.parametrize(("name", "data_dependent"), FORMS)
@@ -198,6 +199,22 @@ def test_the_convolution_and_its_gradients_are_those_of_the_library():
     torch.testing.assert_close(
         torch.autograd.grad(y, [x, weight], grad), torch.autograd.grad(expected, [x, weight], grad)
     )
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda x: short_conv(x, torch.ones(4, 1, 6), None), "weight must be (4, 1, an odd width) for x (2, 9, 4)"),
+        (lambda x: short_conv(x, torch.ones(3, 1, 5), None), "for x (2, 9, 4), got (3, 1, 5)"),
+        (lambda x: short_conv(x, torch.ones(4, 1, 5), torch.ones(1)), "bias must be (4,) for x (2, 9, 4), got (1,)"),
+        (lambda x: short_conv(x[0], torch.ones(4, 1, 5), None), "x must be (batch, length, channels), got (9, 4)"),
+        (lambda x: gated_rms_norm(x, x[:, :1], x[0, 0], 1e-5), "gate must be (2, 9, 4) and weight (4,), as y is"),
+        (lambda x: gated_rms_norm(x, x, x[0, 0, :1], 1e-5), "got (2, 9, 4) and (1,)"),
+    ],
+)
+def test_operands_that_would_be_broadcast_or_change_the_length_are_refused(f, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        f(torch.randn(2, 9, 4))
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,29 @@ def short_conv(
         impl: "triton" (kernels) or "eager". None takes "triton" on CUDA where it can.
 
     Raises:
-        ValueError: impl is "triton", which cannot take these tensors, or is unknown.
+        ValueError: shapes do not fit, or impl is "triton", which cannot take these tensors, or is unknown.
         ImportError: impl is "triton", which is not installed.
     """
     check_layer_impl(impl)
+    _check(x, weight, bias)
     if takes_triton(impl, x, lambda: misplaced(x, weight, bias) or conv_misfit(weight)):
         from .triton import layers
 
         return layers.short_conv(x, weight, bias, None if documents is None else documents.ids, activation)
     y = _eager(x if documents is None else documents.zero_padding(x), weight, bias, documents)
     return F.silu(y) if activation else y
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, length, channels), got {tuple(x.shape)}")
+    channels = x.shape[2]
+    if weight.ndim != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] % 2 == 0:
+        raise ValueError(
+            f"weight must be ({channels}, 1, an odd width) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must be ({channels},) for x {tuple(x.shape)}, got {tuple(bias.shape)}")
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents | None) -> Tensor:

@@ -15,10 +15,15 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float, *, impl:
     impl: "triton" (kernels, for y (B, L, D)) or "eager". None takes "triton" on CUDA where it can.
 
     Raises:
-        ValueError: impl is "triton", which cannot take these tensors, or is unknown.
+        ValueError: shapes do not fit, or impl is "triton", which cannot take these tensors, or is unknown.
         ImportError: impl is "triton", which is not installed.
     """
     check_layer_impl(impl)
+    if gate.shape != y.shape or weight.shape != y.shape[-1:]:
+        raise ValueError(
+            f"gate must be {tuple(y.shape)} and weight {tuple(y.shape[-1:])}, as y is, "
+            f"got {tuple(gate.shape)} and {tuple(weight.shape)}"
+        )
     if takes_triton(impl, y, lambda: _misfit(y, gate, weight)):
         from .triton import layers
 
@@ -29,6 +34,6 @@ def gated_rms_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float, *, impl:
 
 
 def _misfit(y: Tensor, gate: Tensor, weight: Tensor) -> str | None:
-    if y.ndim != 3 or y.shape != gate.shape:
+    if y.ndim != 3:
         return f"needs y and gate (batch, length, width) alike, got {tuple(y.shape)} and {tuple(gate.shape)}"
     return misplaced(y, gate, weight) or norm_misfit(y.shape[-1])
