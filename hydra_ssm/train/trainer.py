@@ -347,7 +347,7 @@ def _right(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 def _pairs(inputs: dict[str, Tensor]) -> Tensor | int:
     """Pairs of tokens that are in one document."""
     starts, ids = inputs.get("cu_seqlens"), inputs["labels"]
-    return ids.numel() * ids.shape[1] if starts is None else starts.diff().double().square().sum()
+    return ids.numel() * ids.shape[1] if starts is None else starts.diff().long().square().sum()
 
 
 def _local(parameter: Tensor) -> Tensor:

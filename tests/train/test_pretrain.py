@@ -15,12 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from small_text import NOUNS, sentences
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForMaskedLM, AutoTokenizer, TrainerCallback, pipeline
 
 from hydra_ssm.cli import main
 from hydra_ssm.text.collators import Row
 from hydra_ssm.text.inference import TextModel
-from hydra_ssm.train.checkpoints import checkpoints
+from hydra_ssm.train.checkpoints import MANIFEST, checkpoints, write_manifest
 from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare
@@ -192,6 +193,29 @@ def test_a_damaged_newest_checkpoint_is_passed_over(file: str, finished: Path, t
     assert_same_bits(tmp_path, finished)
 
 
+def test_a_checkpoint_of_another_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = unfinished(finished, tmp_path)
+    path = folder.checkpoints / "checkpoint-60"
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / MANIFEST).unlink()
+    for change, reason in (({"hidden_size": 64}, "hidden_size is 64"), ({"vocab_size": 7}, "vocab_size is 7")):
+        (path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+        write_manifest(path)
+        with pytest.raises(UserError, match=f"checkpoint-60 must be of this run's model, its {reason} in place of"):
+            resume(tmp_path)
+        (path / MANIFEST).unlink()
+
+
+def test_a_source_whose_name_is_no_utf8_is_trained_on(text_file: Path, tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"\xff.txt")
+    try:
+        shutil.copy(text_file, source)
+    except OSError:
+        pytest.skip("needs a file system that takes such names")
+    pretrain(recipe(source, steps=1), tmp_path / "run")
+    assert "\\udcff.txt" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_resumed_run_may_save_at_other_steps(finished: Path, tmp_path: Path) -> None:
     folder = unfinished(finished, tmp_path)
     for step in (55, 60):
@@ -355,3 +379,18 @@ def test_an_embedding_does_not_depend_on_the_texts_beside_it(finished: Path) -> 
     together = model.embed(texts)
     assert together.shape == (3, model.model.config.hidden_size)
     torch.testing.assert_close(together, torch.cat([model.embed([text]) for text in texts]))
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's GPUs are."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, operator
+        return found
+
+
+def test_a_run_needs_no_float64_which_some_devices_lack(text_file: Path, tmp_path: Path) -> None:
+    with NoFloat64():
+        pretrain(recipe(text_file, steps=2, save_every=2, evaluate_every=1), tmp_path / "run")
