@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] in (["pretrain"], ["inspect"], ["bench"], ["finetune"], ["image"]):
         _let_waiting_threads_sleep()
     given = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that is no UTF-8 is no reason to end
     try:
         if not given or given[0] in ("-h", "--help"):
             print(HELP, end="")

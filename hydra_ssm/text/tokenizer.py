@@ -63,8 +63,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     A vocabulary is for lower-case text as BERT's is, unless do_lower_case in a tokenizer_config.json beside it says
     otherwise, or, where there is none, a token has a capital letter.
 
-    Raises FileNotFoundError where there is no tokenizer, ValueError where it lacks one of the special tokens, or a
-    vocabulary names a token twice.
+    Raises FileNotFoundError where there is no tokenizer, ValueError where it is damaged or lacks one of the special
+    tokens, or a vocabulary names a token twice.
     """
     path = Path(path)
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "vocab.txt").exists():
@@ -72,7 +72,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if path.is_dir():
         if not (path / "tokenizer.json").exists():
             raise FileNotFoundError(f"a tokenizer's folder holds tokenizer.json or vocab.txt, {path} holds neither")
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except Exception as error:  # of a damaged file, the tokenizers library raises Exception itself
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} holds no tokenizer that can be read: {reason}") from error
     elif path.is_file():
         tokenizer = _from_vocabulary(path)
     else:

@@ -40,23 +40,27 @@ def whole_folder(target: Path) -> Iterator[Path]:
         sync(target.parent)
         remove(old)
     except BaseException as error:
-        full = _disk_is_full(error, target.parent)
+        reason = _no_room(error, target.parent)
         restore(target)
         remove(part)
-        if full:
-            raise UserError(
-                f"the disk is full: {target} could not be saved; what was saved before is intact"
-            ) from error
+        if reason:
+            raise UserError(f"{reason}: {target} could not be saved; what was saved before is intact") from error
         raise
 
 
-def _disk_is_full(error: BaseException, folder: Path) -> bool:
-    """Whether that is why something could not be written. torch and safetensors have errors of their own for it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
+def _no_room(error: BaseException, folder: Path) -> str:
+    """If that is why something could not be written, what there is none of.
+
+    torch and safetensors have errors of their own for it.
+    """
+    number, said = getattr(error, "errno", None), str(error)
     if not isinstance(error, Exception) or not folder.exists():
-        return False
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 20
+        return ""
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or shutil.disk_usage(folder).free < 1 << 20:
+        return "the disk is full"
+    if number == errno.EFBIG or "File too large" in said or "inline_container" in said:  # the last is torch's
+        return "a file may not be as large as it has to be (ulimit -f), or the disk fails"
+    return ""
 
 
 def write_manifest(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -49,7 +50,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool]]:
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best fit, longest first: rows of indices into `lengths` whose sum is at most `capacity`."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the tokens that still fit
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # rows by the tokens that still fit
     rooms = 0  # bit r is set where with_room[r] is not empty
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = rooms >> lengths[i]

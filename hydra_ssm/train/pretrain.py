@@ -12,6 +12,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
+from ..text import HydraConfig
+from ..text.config import differences
 from ..text.messages import quiet
 from .baseline import Score
 from .checkpoints import newest_whole, remove_unfinished
@@ -141,7 +143,19 @@ class Run:
     def _newest(self) -> Path | None:
         for folder in (self.folder.path, self.folder.training, self.folder.checkpoints):
             remove_unfinished(folder)
-        return newest_whole(self.folder.checkpoints)
+        found = newest_whole(self.folder.checkpoints)
+        if found is not None:
+            self._check_own(found)
+        return found
+
+    def _check_own(self, checkpoint: Path) -> None:
+        """Raises UserError where it is of a model of other sizes, as one that was copied here may be."""
+        other, own = HydraConfig.from_pretrained(checkpoint), self.data.config
+        for name in differences(own, other) or ["vocab_size"]:
+            if (given := getattr(other, name)) != (wanted := getattr(own, name)):
+                raise UserError(
+                    f"{checkpoint} must be of this run's model, its {name} is {given} in place of {wanted}: remove it"
+                )
 
     def _finish(self, trainer: MaskedLMTrainer, weights: dict[str, Tensor] | None, score: Score) -> None:
         with quiet(), self.folder.finish() as part:

@@ -15,7 +15,8 @@ def write_json(path: Path, found: Any, **form: Any) -> None:
     """Into a folder that may be new. form: options of json.dumps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
-        part.write_text(json.dumps(found, **form) + "\n", encoding="utf-8")
+        text = json.dumps(found, **form) + "\n"
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, as JSON spells it
 
 
 def read_json(path: Path) -> Any:

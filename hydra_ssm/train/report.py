@@ -64,7 +64,7 @@ def write_report(folder: Path, recipe: Recipe, facts: dict[str, Any], history: l
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     draw_loss(folder / "loss.png", history, facts["baseline"].loss)
     card = CARD.format(**vars(recipe) | facts | _beginning(recipe, facts))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # a name may be no UTF-8
 
 
 def _beginning(recipe: Recipe, facts: dict[str, Any]) -> dict[str, str]:

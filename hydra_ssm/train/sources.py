@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def open_source(source: str, column: str) -> Texts:
 def _folder(path: Path, column: str) -> Texts:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         return _column(open_saved(path), column, str(path))
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
+    files = [p for p in entries_of(path) if p.is_file()]
     texts = [p for p in files if p.suffix in TEXT and not _is_blank(p)]
     data = [p for p in files if p.suffix in DATA]
     if texts and data:
@@ -142,9 +143,21 @@ def _is_blank(path: Path) -> bool:
         return not any(map(str.strip, lines))
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether the file, or a folder that it is in, is hidden."""
-    return any(part.startswith(".") for part in path.parts)
+def entries_of(folder: Path) -> list[Path]:
+    """What is in a folder and deeper but folders, by name. Hidden ones are not seen, links to folders not followed.
+
+    Raises UserError where a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        found += [Path(place, name) for name in [*names, *links] if not name.startswith(".")]
+    return sorted(found)
 
 
 def _data_folder(path: Path, files: Sequence[Path], column: str) -> Texts:

@@ -50,3 +50,11 @@ def test_capitals_and_accents_are_kept_as_the_vocabulary_says(
     reference = BertTokenizer(vocab={token: i for i, token in enumerate(WORDS + more)}, **said)
     text = "The Cats. É é the"
     assert found(text)["input_ids"] == reference(text)["input_ids"]
+
+
+@pytest.mark.parametrize("data", ["", "{", "{}", "[]", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_named(data: str, tmp_path: Path) -> None:
+    load_tokenizer(write(tmp_path, WORDS)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(data, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be read: "):
+        load_tokenizer(tmp_path)

@@ -171,6 +171,20 @@ def test_a_full_disk_is_named_whatever_was_writing(writer: str, small_disk: Path
     assert damage(path) is None
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_limit_of_files_is_named_whatever_was_writing(writer: str, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        expected = r"a file may not be as large .*checkpoint-2 could not be saved; what was"
+        with pytest.raises(UserError, match=expected), whole_folder(tmp_path / "checkpoint-2") as part:
+            WRITERS[writer](part / "weights")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not files(tmp_path)
+
+
 def test_a_full_disk_is_named_where_none_can_be_mounted(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():

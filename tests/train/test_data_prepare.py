@@ -1,13 +1,16 @@
 """Text to shards: nothing is lost, doubled or silently left out, whatever the input and however often it is stopped."""
 
+import contextlib
 import gzip
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,11 @@ from small_text import NOUNS, sentences
 from hydra_ssm.cli import main
 from hydra_ssm.text.collators import MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import load_tokenizer, train_tokenizer
-from hydra_ssm.train.checkpoints import MANIFEST
+from hydra_ssm.train.checkpoints import MANIFEST, UNFINISHED
 from hydra_ssm.train.data import documents, prepare
 from hydra_ssm.train.data.documents import Input, document
 from hydra_ssm.train.data.prepare import Settings, prepare_shards
-from hydra_ssm.train.data.shards import Layout, ShardRows, TokenSequence, pieces_of, write_shard
+from hydra_ssm.train.data.shards import Layout, ShardRows, TokenSequence, is_shards, pieces_of, write_shard
 from hydra_ssm.train.data.tokens import Words
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.packing import pack, pieces
@@ -78,6 +81,11 @@ def assert_adds_up(manifest: dict[str, Any]) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def shards_of(settings: Settings, name: str) -> dict[str, bytes]:
+    prepare_shards(settings, Path(name), jobs=1)
+    return contents(Path(name))
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens
@@ -273,6 +281,69 @@ def test_files_that_are_no_text_are_counted_and_named(prepared: Callable, tmp_pa
     assert_adds_up(manifest)
 
 
+def test_what_else_lies_in_a_folder_is_counted_too(
+    prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = tmp_path / "texts", tmp_path / "other"
+    (folder / "deep" / ".hidden").mkdir(parents=True)
+    other.mkdir()
+    for path in (folder / "a.txt", folder / "deep" / "b.txt", folder / "deep" / ".hidden" / "c.txt", other / "d.txt"):
+        path.write_text(f"the cat sees {path.name}", encoding="utf-8")
+    for name, target in {
+        "link": other,
+        "loop": folder,
+        "gone.txt": tmp_path / "x",
+        "file.txt": other / "d.txt",
+    }.items():
+        (folder / name).symlink_to(target)
+    manifest, _ = prepared(folder)
+    assert manifest["kept"] == 3
+    others = [str(folder / name) for name in ("gone.txt", "link", "loop")]
+    assert manifest["files_of_other_kinds"] == {"count": 3, "examples": others}
+
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"cannot read the folder .*deep: Permission denied"):
+        prepared(folder)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_bytes_that_are_no_utf8_count_alike_in_every_kind_of_record(
+    kind: str, prepared: Callable, tmp_path: Path
+) -> None:
+    texts = [b"a cat " * 40 + b"\xe9", b"a naive\xe9", b"the tree \xef\xbf\xbd", b"a dog. " * 40]
+    data = {
+        "jsonl": b"".join(b'{"text": "%b"}\n' % text for text in texts),
+        "json": b"[" + b", ".join(b'{"text": "%b"}' % text for text in texts) + b"]",
+        "csv": b"n,text\n" + b"".join(b"0,%b\n" % text for text in texts),
+    }
+    (tmp_path / f"a.{kind}").write_bytes(b"\xef\xbb\xbf" + data[kind])  # behind a byte order mark
+    manifest, out = prepared(tmp_path / f"a.{kind}")
+    assert found(out) == expected(["a cat " * 40, "the tree \ufffd", "a dog. " * 40])
+    assert (manifest["repaired"], manifest["skipped"]["not UTF-8"], manifest["read"]) == (1, 1, 4)
+
+
+def test_columns_of_text_have_several_types_and_others_are_named(prepared: Callable, tmp_path: Path) -> None:
+    texts = pa.array(["the cat", None, "a dog", "the cat sees"])
+    columns = [texts.dictionary_encode(), texts.cast(pa.string_view()), texts.cast(pa.large_string())]
+    for column in columns:
+        parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        items = list(Input("a", tmp_path / "a.parquet").items("file", "text"))
+        assert [item.text or item.problem for item in items] == ["the cat", "empty", "a dog", "the cat sees"]
+    for values, kind in (([1, 2], "int64"), ([["a"]], "list<element: string>")):
+        parquet.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+        items = list(Input("a", tmp_path / "a.parquet").items("file", "text"))
+        assert [item.where for item in items] == [f"a: text must be a text, it is of type {kind}"]
+    items = list(Input("a", write_lines(tmp_path / "a.jsonl", [7])).items("file", "text"))
+    assert [item.where for item in items] == ["a:1: text must be a text, it is of type int"]
+
+
 @pytest.mark.parametrize("text", ["é" * 50, "x" * 999 + "é", "\ufeffcat", "a\rb\r\nc", "\ufffd"])
 def test_valid_text_is_never_repaired(text: str) -> None:
     items = list(document(text.encode(), "here"))
@@ -281,6 +352,15 @@ def test_valid_text_is_never_repaired(text: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ rows and shards
+
+
+def test_long_rows_need_no_memory_before_they_are_filled() -> None:
+    tracemalloc.start()
+    try:
+        assert pack([5, 1_000_000, 7], 1_000_000) == [[1], [2, 0]]
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_rows_waste_at_most_a_hundredth() -> None:
@@ -583,6 +663,82 @@ def test_the_same_command_again_finds_its_work_done_and_others_are_refused(
     assert {p: p.stat().st_mtime_ns for p in Path("shards").rglob("*")} == before
     assert main([*PREPARE, "--rows", "cut", "--out", "shards"]) == 2
     assert "shards holds shards of other settings: choose another --out, or add --overwrite" in capsys.readouterr().err
+    write_lines(Path("a.jsonl"), [*TEXTS, "another cat"])
+    assert main([*PREPARE, "--out", "shards"]) == 2
+    assert "shards holds shards of other files than there are now" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_are_told_and_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [os.fsdecode(b"\xff.jsonl"), os.fsdecode(b"\xff.jsonl.gz")]
+    try:
+        Path(names[0]).write_text('{"text": "the cat"}\n{"half\\ud800": 1}\n', encoding="utf-8")
+    except OSError:
+        pytest.skip("needs a file system that takes such names")
+    Path(names[1]).write_bytes(b"no gzip")
+    assert main([*PREPARE[:2], *names, *PREPARE[3:], "--out", "shards"]) == 0
+    assert "\\udcff.jsonl.gz: Not a gzipped file" in capsys.readouterr().out
+    manifest = json.loads(Path("shards", MANIFEST).read_text(encoding="utf-8"))
+    assert [source["name"] for source in manifest["inputs"]] == names
+    assert "half\ud800" in manifest["examples"]["malformed"][0]
+    assert main([*PREPARE[:2], *names, *PREPARE[3:], "--out", "shards"]) == 0  # they are the same
+
+
+@pytest.mark.parametrize("begun", ["finished", "damaged", "under way"])
+def test_wherever_beginning_again_is_interrupted_it_can_be_begun_again(
+    begun: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of what was there before is taken for a part of it, or left in the folder."""
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    first, other = (Settings(("a.jsonl",), "tokenizer", length=n, held_out=0.1, shard_tokens=200) for n in (32, 24))
+    whole = {n: shards_of(settings, f"whole-{n}") for n, settings in ((32, first), (24, other))}
+    remove = prepare.remove
+    for last in range(1, 100):
+        out, removed = Path(f"shards-{last}"), itertools.count(1)
+        with contextlib.suppress(Killed):
+            prepare_shards(first, out, jobs=1, show=stop if begun == "under way" else lambda *_: None)
+        if begun == "damaged":
+            (out / MANIFEST).unlink()
+            (out / "progress.sqlite").write_bytes(b"this is no data base" * 100)
+
+        def killed(path: Path, last: int = last, removed: Iterator[int] = removed) -> None:
+            if next(removed) == last:
+                raise Killed
+            remove(path)
+
+        try:
+            with monkeypatch.context() as change:
+                change.setattr(prepare, "remove", killed)
+                prepare_shards(other, out, jobs=1, overwrite=True)
+        except Killed:
+            if not is_shards(str(out)):
+                (out / f"{UNFINISHED}removed-train").mkdir()  # as a kill in the midst of a removal leaves it
+        else:
+            break
+        again = first if last % 2 else other
+        prepare_shards(again, out, jobs=1, overwrite=again is other)
+        assert contents(out) == whole[again.length]
+        assert not list(out.glob(".*"))
+    assert contents(out) == whole[other.length]
+    assert last > 3
+
+
+def test_a_data_base_that_cannot_grow_is_a_full_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(prepare.State):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.connection.execute("PRAGMA max_page_count = 6")
+
+    monkeypatch.setattr(prepare, "BATCH", 200)
+    settings = Settings(("a.jsonl",), "tokenizer", length=32, held_out=0.1, shard_tokens=100)
+    with monkeypatch.context() as change:
+        change.setattr(prepare, "State", Full)
+        with pytest.raises(UserError, match=r"cannot keep its progress \(database or disk is full\): make room"):
+            prepare_shards(settings, Path("shards"), jobs=1)
+    prepare_shards(settings, Path("shards"), jobs=1)
+    assert contents(Path("shards")) == shards_of(settings, "whole")
 
 
 def test_a_begun_preparation_refuses_other_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

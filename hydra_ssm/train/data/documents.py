@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ..errors import UserError
-from ..sources import DATA, TEXT, is_hidden, open_hub, open_saved
+from ..sources import DATA, TEXT, entries_of, open_hub, open_saved
 
 COMPRESSED = {".gz", ".zst"}
 RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 PART = 1 << 20  # bytes; a longer document becomes several
 LONGEST = 1 << 26  # bytes of one record of JSON, which must be in memory to be read
 REPAIRABLE = 0.01  # of a document's characters may be invalid; with more it is no UTF-8 text
-HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # of a character: no text has it alone
+INVALID = "surrogateescape"  # a byte that is not UTF-8 becomes one, which `document` counts
 BROKEN = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 Documents = Literal["file", "paragraph", "line"]
@@ -82,7 +83,7 @@ class Input:
 
 
 def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
-    """(what to read, files in folders that are of no known kind). Raises UserError where a source does not exist."""
+    """(what to read, what else is in folders). Raises UserError where a source does not exist or cannot be listed."""
     inputs: list[Input] = []
     ignored: list[str] = []
     for source in sources:
@@ -113,9 +114,9 @@ def _hub(source: str) -> Callable[[], Any]:
 
 
 def _folder(path: Path) -> tuple[list[Input], list[str]]:
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not is_hidden(p.relative_to(path)))
-    texts = [p for p in files if _kind(p) in TEXT]
-    records = [p for p in files if _kind(p) in RECORDS]
+    entries = entries_of(path)
+    texts = [p for p in entries if _kind(p) in TEXT and p.is_file()]
+    records = [p for p in entries if _kind(p) in RECORDS and p.is_file()]
     if texts and records:
         raise UserError(
             f"the folder {path} must hold text or data files, it holds both: name {records[0].relative_to(path)} or "
@@ -125,7 +126,7 @@ def _folder(path: Path) -> tuple[list[Input], list[str]]:
         kinds = ", ".join(sorted(TEXT | RECORDS | DATA.keys()))
         raise UserError(f"the folder {path} must hold files of text ({kinds}; also .gz and .zst), it holds none")
     used = set(texts + records)
-    return [Input(str(p), p) for p in texts + records], [str(p) for p in files if p not in used]
+    return [Input(str(p), p) for p in texts + records], [str(p) for p in entries if p not in used]
 
 
 def _kind(path: Path) -> str:
@@ -262,27 +263,19 @@ def _json_lines(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
 
 def _record(line: bytes, column: str, where: str) -> Iterator[Item]:
     try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = line.decode("utf-8", "replace")
-    try:
-        record = json.loads(text)
+        record = json.loads(line.decode("utf-8-sig", INVALID))
     except (ValueError, RecursionError) as error:
         yield Item(problem="malformed", where=f"{where}: {error}")
-        return
-    invalid = "\ufffd" in text and b"\xef\xbf\xbd" not in line
-    for item in _field(record, column, where):
-        yield Item(item.text, item.problem, item.where, item.repaired or invalid, item.cut)
+    else:
+        yield from _field(record, column, where)
 
 
 def _field(record: Any, column: str, where: str) -> Iterator[Item]:
     value = record.get(column, 0) if isinstance(record, dict) else 0
     if value is None or isinstance(value, str):
-        found = value or ""
-        if found.count("\ufffd") > max(1, REPAIRABLE * len(found)):
-            yield Item(problem="not UTF-8", where=where)
-        else:
-            yield from document(found, where)
+        yield from document(value or "", where)
+    elif isinstance(record, dict) and column in record:
+        yield Item(problem="malformed", where=f"{where}: {column} must be a text, it is of type {_kind_of(value)}")
     else:
         names = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         yield Item(
@@ -290,10 +283,15 @@ def _field(record: Any, column: str, where: str) -> Iterator[Item]:
         )
 
 
+def _kind_of(value: Any) -> str:
+    """Of a value, or of the values of a column."""
+    return str(value if isinstance(value, pa.DataType) else type(value).__name__)
+
+
 def _json(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
     """JSON Lines, as most files of this ending are, or one array, which must fit into memory."""
     start = b""
-    while not start.strip() and (byte := stream.read(1)):
+    while not start.strip(b" \t\r\n\xef\xbb\xbf") and (byte := stream.read(1)):  # nor a byte order mark
         start = byte
     if start != b"[":
         yield from _json_lines(name, cast(BinaryIO, io.BufferedReader(_Behind(start, stream))), column)
@@ -303,7 +301,7 @@ def _json(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
         yield Item(problem="too long", where=f"{name}: an array of more than {LONGEST:,} bytes: make it JSON Lines")
         return
     try:
-        records = json.loads(data.decode("utf-8", "replace"))
+        records = json.loads(data.decode("utf-8", INVALID))
     except (ValueError, RecursionError) as error:
         yield Item(problem="malformed", where=f"{name}: {error}")
         return
@@ -328,7 +326,7 @@ class _Behind(io.RawIOBase):
 
 def _csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
     csv.field_size_limit(LONGEST)
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", "replace", newline=""))
+    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", INVALID, newline=""))
     while True:
         try:
             record = next(reader, None)
@@ -337,22 +335,23 @@ def _csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
             continue
         if record is None:
             return
-        for item in _field(record, column, f"{name}:{reader.line_num}"):
-            yield Item(item.text, item.problem, item.where, "\ufffd" in item.text, item.cut)
+        yield from _field(record, column, f"{name}:{reader.line_num}")
 
 
 def _parquet(name: str, path: Path, column: str) -> Iterator[Item]:
     """A damaged row group leaves the others."""
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        names = file.schema_arrow.names
-        if column not in names or not _is_text(file.schema_arrow.field(column).type):
-            yield from _field(dict.fromkeys(set(names) - {column}, 0), column, name)
+        kinds = {field.name: field.type for field in file.schema_arrow}
+        if not _is_text(kinds.get(column)):
+            yield from _field(kinds, column, name)
             return
         row = 0
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(64, [group], [column]):
                     values = batch.column(0)
+                    if pa.types.is_dictionary(values.type):
+                        values = values.dictionary_decode()
                     for value in values.cast(pa.large_binary()).to_pylist():
                         row += 1
                         yield from document(value or b"", f"{name}: row {row}")
@@ -360,8 +359,10 @@ def _parquet(name: str, path: Path, column: str) -> Iterator[Item]:
                 yield Item(problem="damaged", where=f"{name}: row group {group}: {str(error).splitlines()[0]}")
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _is_text(kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _rows(name: str, dataset: Any, column: str) -> Iterator[Item]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ...text.tokenizer import load_tokenizer, train_tokenizer
-from ..checkpoints import MANIFEST, UNFINISHED, remove, remove_unfinished, whole_folder
+from ..checkpoints import MANIFEST, UNFINISHED, remove, remove_unfinished, whole_file, whole_folder
 from ..errors import UserError
 from ..prepare import TOKENIZER_TEXT, check_known
 from ..records import write_json
@@ -41,7 +42,8 @@ SKIPPED = {
     "no tokens": "documents that the tokenizer makes nothing of",
     "damaged": "files or parts of them that could not be read to their end",
 }
-OURS = {*SPLITS, "tokenizer", MANIFEST, "dataset_dict.json", progress.NAME, f"{progress.NAME}-journal"}
+JOURNAL = f"{progress.NAME}-journal"
+OURS = {*SPLITS, "tokenizer", MANIFEST, "dataset_dict.json", progress.NAME, JOURNAL}
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ class Preparation:
                 "sha256": sha256(self.out / "tokenizer" / "tokenizer.json"), "vocabulary": len(self.tokenizer),
             },
             "settings": asdict(self.settings),
-            "inputs": [{"name": source.name, "bytes": source.size} for source in self.inputs],
+            "inputs": _listed(self.inputs),
             "read": self.counts["read"], "kept": self.counts["kept"], "bytes": self.counts["bytes"],
             "skipped": {name: self.counts[name] for name in SKIPPED},
             "examples": self.examples,
@@ -353,19 +355,20 @@ def prepare_shards(
     if jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}")
     inputs, ignored = find_inputs(settings.sources)
-    _check_free(out, settings, overwrite)
+    _check_free(out, settings, inputs, overwrite)
     if not overwrite and is_shards(str(out)):
         remove(out / progress.NAME)
         return read_manifest(out)
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    state = State(out)
+    state = State(out, overwrite)
     try:
+        remove_unfinished(out)
         described = [asdict(settings), [[source.name, *_stamp(source)] for source in inputs]]
-        known = state.get("described")
-        if known is not None and known != json.loads(json.dumps(described)) and not overwrite:
+        known = None if overwrite else state.get("described")
+        if known is not None and known != json.loads(json.dumps(described)):
             raise UserError(f"{out} was begun with other settings or files: add --overwrite to begin again")
-        if known is None or overwrite:
+        if known is None:
             state.close()
             _clear(out)
             state = State(out)
@@ -377,18 +380,29 @@ def prepare_shards(
             if state.get("place") is None:  # a mistake leaves nothing behind
                 state.close()
                 _clear(out)
+                remove(out / progress.NAME)
                 if new:
                     out.rmdir()
             raise
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"{out} cannot keep its progress ({error}): make room on the disk and give the same command again, or add "
+            "--overwrite to begin again"
+        ) from error
     finally:
         state.close()
+
+
+def _listed(inputs: list[Input]) -> list[dict[str, Any]]:
+    """As a manifest has them."""
+    return [{"name": source.name, "bytes": source.size} for source in inputs]
 
 
 def _stamp(source: Input) -> list[int]:
     return [source.size, source.path.stat().st_mtime_ns] if source.path else []
 
 
-def _check_free(out: Path, settings: Settings, overwrite: bool) -> None:
+def _check_free(out: Path, settings: Settings, inputs: list[Input], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} must be a folder, it is a file")
     entries = {p.name for p in out.iterdir()} if out.exists() else set()
@@ -398,11 +412,19 @@ def _check_free(out: Path, settings: Settings, overwrite: bool) -> None:
         raise UserError(f"{out} must be new, empty or hold shards, it holds {', '.join(foreign[:3])}")
     if overwrite or not is_shards(str(out)):
         return
-    if read_manifest(out)["settings"] != json.loads(json.dumps(asdict(settings))):
+    manifest = read_manifest(out)
+    if manifest["settings"] != json.loads(json.dumps(asdict(settings))):
         raise UserError(f"{out} holds shards of other settings: choose another --out, or add --overwrite")
+    if manifest["inputs"] != _listed(inputs):
+        raise UserError(
+            f"{out} holds shards of other files than there are now: choose another --out, or add --overwrite"
+        )
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier preparation left, its manifest first."""
-    for name in (MANIFEST, *sorted(OURS - {MANIFEST})):
+    """Forget what an earlier preparation did, then remove it. All the way it can be seen whose folder it is."""
+    remove(out / JOURNAL)
+    with whole_file(out / progress.NAME) as part:
+        part.touch()
+    for name in (MANIFEST, *sorted(OURS - {MANIFEST, progress.NAME})):
         remove(out / name)

@@ -15,9 +15,12 @@ CACHE = 64_000  # KiB of it in memory
 
 
 class State:
-    """Key-value facts, the hashes of all documents so far, and tokens that fill no shard yet."""
+    """Key-value facts, the hashes of all documents so far, and tokens that fill no shard yet.
 
-    def __init__(self, folder: Path) -> None:
+    anew: whatever is there is not needed, and may be damaged.
+    """
+
+    def __init__(self, folder: Path, anew: bool = False) -> None:
         self.path = folder / NAME
         self.connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         run = self.connection.execute
@@ -32,7 +35,10 @@ class State:
             raise UserError(f"{folder} is being prepared by another process ({error}): wait for its end") from None
         except sqlite3.DatabaseError as error:
             self.connection.close()
-            raise UserError(f"{self.path} is damaged ({error}): start again with --overwrite") from None
+            if not anew:
+                raise UserError(f"{self.path} is damaged ({error}): start again with --overwrite") from None
+            self.path.unlink()
+            self.__init__(folder)  # type: ignore[misc]
 
     def get(self, name: str, default: Any = None) -> Any:
         """A fact: text, bytes or what JSON holds."""
