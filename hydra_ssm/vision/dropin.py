@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout, register_notrace_module
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..encoder import MixerSpec, expand_to, make_mixer, undecayed
 from ..mixer import MatrixMixer
-from .models import sizes
 from .orders import parse, reading
+from .patches import sizes
 
 MLP_STEP = 8  # widths of the MLP are multiples of it
 TOLERANCE = 0.01  # of a ViT's parameters, within which those of a model of the same sizes are
 
 
+@register_notrace_module  # torch.fx takes it as it is: it looks at its arguments
 class MixerAttention(nn.Module):
     """A MatrixMixer where timm has attention: (B, L, dim) in and out."""
 
@@ -100,10 +102,16 @@ class DropIn(VisionTransformer):
         options, hidden = matched(mixer, embed_dim, options, mlp_ratio)
         with torch.device("meta"):
             fixed = not make_mixer(mixer, embed_dim, options).data_dependent
-        if dynamic_img_size and (fixed or order != "row"):
+        fixed_size = fixed or order != "row"
+        if dynamic_img_size and fixed_size:
             raise ValueError(
                 f"dynamic_img_size needs row-major order and a mixer that is computed from the tokens, got {mixer!r} "
                 f"in order {order!r}"
+            )
+        if arguments.get("patch_drop_rate") and fixed_size:
+            raise ValueError(
+                "patch_drop_rate must be 0 for fixed mixers and orders but row-major, which know each patch by its "
+                f"place, got {arguments['patch_drop_rate']}"
             )
 
         class Attention(nn.Module):  # timm makes the blocks, and asks for a class: one that makes another's objects
@@ -117,7 +125,9 @@ class DropIn(VisionTransformer):
             mlp_ratio=(hidden + 0.5) / embed_dim, class_token=class_token, reg_tokens=reg_tokens,
             global_pool=global_pool, dynamic_img_size=dynamic_img_size, attn_layer=Attention, **arguments,
         )  # fmt: skip
-        self.fixed_size = fixed or order != "row"
+        self.fixed_size = fixed_size
+        if isinstance(self.patch_drop, PatchDropout):
+            self.patch_drop.ordered = True  # what timm leaves is shuffled, which attention alone does not see
 
     def no_weight_decay(self) -> set[str]:
         """timm's names, and the mixers'."""

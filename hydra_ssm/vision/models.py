@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..encoder import Encoder, MixerSpec, Modulation, undecayed
 from ..mixer import MatrixMixer
 from .orders import Grid, parse, reading
+from .patches import PatchEmbed, Size, resized, sizes
 
 Pool = Literal["avg", "max", ""]
 POOLS = ("avg", "max", "")
-Size = int | Sequence[int]
-CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-INTERPOLATIONS = {1: "linear", 2: "bicubic", 3: "trilinear"}
-
-
-def sizes(size: Size, axes: int = 2) -> tuple[int, ...]:
-    """Along each axis, of one number for all or one for each."""
-    return (size,) * axes if isinstance(size, int) else tuple(int(n) for n in size)
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of each patch: (B, C, H, W) to (B, H / patch, W / patch, D), and so for one axis or three."""
-
-    def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        axes = len(sizes(img_size))
-        if axes not in CONVOLUTIONS:
-            raise ValueError(f"img_size must have one to three axes, got {img_size}")
-        self.patch_size = sizes(patch_size, axes)
-        self.proj = CONVOLUTIONS[axes](in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
-        self.set_input_size(img_size)
-
-    def set_input_size(self, img_size: Size) -> None:
-        """The size that pictures are expected to have."""
-        self.img_size = sizes(img_size, len(self.patch_size))
-        self.check("img_size", self.img_size)
-        self.grid_size = tuple(n // p for n, p in zip(self.img_size, self.patch_size, strict=True))
-        self.num_patches = math.prod(self.grid_size)
-
-    def check(self, what: str, size: Sequence[int]) -> None:
-        """Raise ValueError unless a size is one of whole patches."""
-        if len(size) != len(self.patch_size) or any(n < p or n % p for n, p in zip(size, self.patch_size, strict=True)):
-            raise ValueError(f"{what} must be a multiple of patch_size = {self.patch_size}, got {tuple(size)}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, rows, columns, D)."""
-        return self.proj(x).movedim(1, -1)
 
 
 class HydraViT(nn.Module):
@@ -78,6 +40,7 @@ class HydraViT(nn.Module):
         drop_path_rate: of the last layer, see `hydra_ssm.Encoder`.
         d_condition: numbers of a condition that `forward` takes, such as an embedded class or time step.
         condition: what becomes of it, "modulation" of each layer or a "token" before the patches.
+        device, dtype: of the parameters; decays, steps and skips stay in float32.
     """
 
     def __init__(
@@ -105,6 +68,8 @@ class HydraViT(nn.Module):
         d_condition: int = 0,
         condition: Literal["modulation", "token"] = "modulation",
         norm_eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **mixer_options: Any,
     ) -> None:
         super().__init__()
@@ -118,27 +83,32 @@ class HydraViT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.order, self.dynamic_img_size = order, dynamic_img_size
         self.num_prefix_tokens = int(d_condition > 0 and condition == "token")
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        table = torch.zeros(1, self.patch_embed.num_patches, embed_dim)
-        self.pos_embed = nn.Parameter(table) if pos_embed == "learn" else None
-        self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.condition_token = nn.Linear(d_condition, embed_dim) if self.num_prefix_tokens else None
-        self.encoder = Encoder(
-            embed_dim, mixers, d_ff=int(mlp_ratio * embed_dim), norm="pre", dropout=proj_drop_rate, eps=norm_eps,
-            drop_path=drop_path_rate, d_condition=0 if self.num_prefix_tokens else d_condition, d_state=d_state,
-            headdim=headdim, expand=expand, d_conv=d_conv,
-            max_length=self.patch_embed.num_patches + self.num_prefix_tokens, **mixer_options,
-        )  # fmt: skip
-        fixed = [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
-        if dynamic_img_size and fixed:
+        with torch.device(torch.get_default_device() if device is None else device):
+            self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=dynamic_img_size)
+            table = torch.zeros(1, self.patch_embed.num_patches, embed_dim)
+            self.pos_embed = nn.Parameter(table) if pos_embed == "learn" else None
+            self.pos_drop = nn.Dropout(pos_drop_rate)
+            self.condition_token = nn.Linear(d_condition, embed_dim) if self.num_prefix_tokens else None
+            self.encoder = Encoder(
+                embed_dim, mixers, d_ff=int(mlp_ratio * embed_dim), norm="pre", dropout=proj_drop_rate, eps=norm_eps,
+                drop_path=drop_path_rate, d_condition=0 if self.num_prefix_tokens else d_condition, d_state=d_state,
+                headdim=headdim, expand=expand, d_conv=d_conv,
+                max_length=self.patch_embed.num_patches + self.num_prefix_tokens, **mixer_options,
+            )  # fmt: skip
+            self.head_drop = nn.Dropout(drop_rate)
+            self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        if dynamic_img_size and (fixed := self._fixed()):
             raise ValueError(f"dynamic_img_size needs mixers that are computed from the tokens, got a fixed {fixed[0]}")
         self.feature_info = [
             {"module": f"encoder.layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.patch_size)}
             for i in range(depth)
         ]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights()
+        self.to(dtype=dtype)
+
+    def _fixed(self) -> list[MatrixMixer]:
+        """The mixers that take one size alone."""
+        return [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
 
     @torch.no_grad()
     def init_weights(self, needs_reset: bool = False) -> None:
@@ -231,21 +201,11 @@ class HydraViT(nn.Module):
 
     def _embedded(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Grid]:
         """Tokens (B, L, D) that go into the encoder, and the patches along each axis."""
-        patches = self.patch_embed
-        size = tuple(x.shape[2:])
-        if x.ndim != 2 + len(patches.patch_size) or x.shape[1] != self.in_chans:
-            axes = ", ".join(
-                ["height", "width"] if len(patches.patch_size) == 2 else ["size"] * len(patches.patch_size)
-            )
-            raise ValueError(f"pictures must be (batch, {self.in_chans}, {axes}), got {tuple(x.shape)}")
-        if not self.dynamic_img_size and size != patches.img_size:
-            raise ValueError(f"pictures must be of img_size = {patches.img_size}, or dynamic_img_size=True, got {size}")
-        patches.check("pictures", size)
-        h = patches(x)
+        h = self.patch_embed(x)
         grid = tuple(h.shape[1:-1])
         h = h.flatten(1, -2)
         if self.pos_embed is not None:
-            h = h + resized(self.pos_embed, patches.grid_size, grid)
+            h = h + resized(self.pos_embed, self.patch_embed.grid_size, grid)
         h = self.pos_drop(h)
         if self.condition_token is None:
             return h, grid
@@ -307,8 +267,7 @@ class HydraViT(nn.Module):
         if img_size is None:
             return
         size = sizes(img_size, axes)
-        fixed = [m for m in self.encoder.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
-        if fixed and size != self.patch_embed.img_size:
+        if self._fixed() and size != self.patch_embed.img_size:
             raise ValueError(f"fixed mixers take pictures of {self.patch_embed.img_size} alone, got {size}")
         self.patch_embed.set_input_size(size)
         if self.pos_embed is not None:
@@ -338,17 +297,6 @@ def take_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:
     if not found or any(not 0 <= i < depth for i in found):
         raise ValueError(f"indices must be numbers of the {depth} layers, got {indices}")
     return sorted(set(found))
-
-
-def resized(pos_embed: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Position embeddings (1, patches, D) of a grid, interpolated to another."""
-    if tuple(old) == tuple(new):
-        return pos_embed
-    grid = pos_embed.unflatten(1, old).movedim(-1, 1)
-    wide = grid.to(torch.promote_types(grid.dtype, torch.float32))  # not every device interpolates in half precision
-    mode, flat = INTERPOLATIONS[len(new)], len(new) == 2
-    wide = F.interpolate(wide, size=tuple(new), mode=mode, antialias=flat, align_corners=False)
-    return wide.to(pos_embed.dtype).flatten(2).mT
 
 
 def _check(**given: tuple[Any, tuple[str, ...]]) -> None:

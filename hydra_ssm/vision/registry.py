@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..matrices import MATRICES
 from .dropin import DropIn
-from .models import HydraViT, resized
+from .models import HydraViT
+from .patches import resized
 
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 FRONTS = {"patch16_224": {"img_size": 224, "patch_size": 16}, "patch4_32": {"img_size": 32, "patch_size": 4}}
@@ -55,8 +56,15 @@ def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if table is None or own is None or table.shape == own.shape:
         return state
     prefix = model.num_prefix_tokens if isinstance(model, DropIn) and not model.no_embed_class else 0
-    side = math.isqrt(table.shape[1] - prefix)
-    grid = resized(table[:, prefix:], (side, side), model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    patches: Any = model.patch_embed
+    count = table.shape[1] - prefix
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(
+            f"the weights have positions for {count} patches, not the {patches.num_patches} of img_size = "
+            f"{patches.img_size}, and no square of them: make it with the img_size they are of, then set_input_size"
+        )
+    grid = resized(table[:, prefix:], (side, side), patches.grid_size)
     return {**state, "pos_embed": torch.cat([table[:, :prefix], grid], dim=1)}
 
 

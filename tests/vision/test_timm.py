@@ -8,14 +8,14 @@ from types import MappingProxyType
 import pytest
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import GraphExtractNet, load_checkpoint
 from timm.models.vision_transformer import Attention
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from hydra_ssm import MATRICES, MatrixMixer, SelfAttention
 from hydra_ssm.vision import MODELS, DropIn, HydraViT
 from hydra_ssm.vision.dropin import TOLERANCE, MixerAttention
-from hydra_ssm.vision.models import resized
+from hydra_ssm.vision.patches import resized
 
 PAPER, DROP_IN = "vit_hydra_tiny_patch4_32", "vit_hydra_dropin_tiny_patch4_32"
 SMALL = {"img_size": 16, "embed_dim": 32, "depth": 3, "headdim": 16, "d_state": 4, "num_classes": 5}
@@ -313,6 +313,36 @@ def test_fixed_mixers_take_one_size_and_say_so(name):
 
 
 @both
+def test_models_are_made_on_a_device_and_in_a_precision(name):
+    assert {p.device.type for p in small(name, device="meta").parameters()} == {"meta"}
+    model = small(name, dtype=torch.bfloat16, pos_embed="learn")
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {n.rpartition(".")[2] for n in kept} == {"A_log", "dt_bias", "D"}
+    assert {p.dtype for n, p in model.named_parameters() if n not in kept} == {torch.bfloat16}
+    assert model(pictures().bfloat16()).isfinite().all()
+
+
+def test_patches_that_are_not_dropped_stay_in_their_order():
+    """timm shuffles them, which attention does not see."""
+    model = small(DROP_IN, patch_drop_rate=0.5, reg_tokens=1)
+    places = torch.arange(17.0)[None, :, None].expand(8, 17, 32)
+    kept = model.train().patch_drop(places)[..., 0]
+    assert kept.shape == (8, 9)
+    assert (kept.diff(dim=1) > 0).all()
+    for options in ({"mixer": "dense", "data_dependent": False}, {"order": "hilbert"}):
+        with pytest.raises(ValueError, match=r"patch_drop_rate must be 0 for fixed mixers and orders but row-major"):
+            small(DROP_IN, patch_drop_rate=0.5, **options)
+
+
+def test_features_are_extracted_from_a_graph_of_the_drop_in_form():
+    model, x = small(DROP_IN, order="hilbert"), pictures()
+    found = GraphExtractNet(model, ["blocks.1", "head"], return_dict=True)(x)
+    torch.testing.assert_close(found["head"], model(x))
+    expected = model.forward_intermediates(x, [1], output_fmt="NLC", intermediates_only=True)[0]
+    torch.testing.assert_close(found["blocks.1"], expected)
+
+
+@both
 def test_other_channels_drop_paths_and_dropout(name):
     model = small(name, in_chans=1, drop_path_rate=0.5, drop_rate=0.1, proj_drop_rate=0.1)
     x = pictures(channels=1)
@@ -343,6 +373,11 @@ def test_weights_come_back_from_a_file_and_from_a_folder_of_timms(name, tmp_path
     )  # fmt: skip
     assert larger(torch.randn(1, 1, 32, 32)).shape == (1, 3)
     torch.testing.assert_close(larger.patch_embed.proj.weight, model.patch_embed.proj.weight.sum(1, keepdim=True))
+    wide = {"pos_embed": torch.zeros(1, 8, 32)}
+    with pytest.raises(
+        ValueError, match=r"for 8 patches, not the 16 of img_size .*: make it with the img_size they are of"
+    ):
+        small(name, pos_embed="learn", pretrained=True, pretrained_cfg_overlay={"state_dict": wide})
 
 
 @pytest.mark.parametrize(("name", "order"), [(PAPER, "row,snake+hilbert"), (DROP_IN, "row")])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ... import vision
-from ...vision.models import sizes
+from ...vision.patches import sizes
 from ..errors import UserError, in_a_line
 from .recipe import ImageRecipe
 
