@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import Literal
 
@@ -15,7 +16,8 @@ def require(name: str, extra: Extra) -> ModuleType:
 
     Raises:
         ImportError: the package is not installed; the message names the extra. An installed package that fails to
-            import, or lacks a dependency of its own, raises its own error.
+            import, or lacks a dependency of its own, raises its own error. But a torchvision that is not the build for
+            the installed torch is named: timm, and transformers where it finds one, import it.
     """
     try:
         return import_module(name)
@@ -24,6 +26,15 @@ def require(name: str, extra: Extra) -> ModuleType:
         if error.name != package:
             raise
         raise ImportError(f'{package} is not installed: pip install "hydra-ssm[{extra}]"', name=package) from None
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        raise ImportError(
+            f"torchvision {version('torchvision')}, which hydra-ssm[vision] brings, is not the build for torch "
+            f"{version('torch')}: install both from one index, for a CPU https://download.pytorch.org/whl/cpu, "
+            "or remove torchvision if you need no image models",
+            name="torchvision",
+        ) from error
 
 
 @contextmanager

@@ -25,18 +25,19 @@ LEVEL = {
     "parameters": 2,  # of a mixer: neither imports the other
     "mixer": 3,
     "released": 3,  # parameter names only: neither imports the other
-    "encoder": 4,
-    "root": 5,
-    "pretrained": 5,  # of texts and pictures alike: neither it nor the root imports the other
-    "text": 6,
-    "vision": 6,
-    "bench": 6,
-    "inspection": 7,
-    "train": 8,
-    "commands": 9,
-    "cli": 10,
+    "layer": 4,
+    "encoder": 5,
+    "root": 6,
+    "pretrained": 6,  # of texts and pictures alike: neither it nor the root imports the other
+    "text": 7,
+    "vision": 7,
+    "bench": 7,
+    "inspection": 8,
+    "train": 9,
+    "commands": 10,
+    "cli": 11,
 }
-CORE = {"helpers", "ops", "matrices", "mixer", "released", "encoder", "root"}
+CORE = {"helpers", "ops", "matrices", "mixer", "released", "layer", "encoder", "root"}
 CORE_REQUIREMENTS = {"torch", "einops"}
 OPTIONAL = {
     "accelerate", "datasets", "matplotlib", "onnx", "onnxruntime", "onnxscript", "rich", "safetensors", "scipy",
@@ -177,6 +178,16 @@ def test_an_installed_package_that_fails_keeps_its_own_error(tmp_path: Path, mon
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="its_missing_dependency"):
         require("half_installed", extra="text")
+
+
+def test_a_torchvision_of_another_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    (tmp_path / "needs_torchvision.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ImportError, match=r"torchvision [\d.]+, which hydra-ssm\[vision\] brings, is not the build for torch"
+    ):
+        require("needs_torchvision", extra="vision")
 
 
 def test_required_extras_are_declared() -> None:
