@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hydra_ssm import Encoder, MatrixMixer, SelfAttention
-from hydra_ssm.ops import layout
+from hydra_ssm import Encoder, EncoderLayer, MatrixMixer, SelfAttention
+from hydra_ssm.ops import Order, layout
 
 SMALL = {"d_state": 4, "headdim": 8}
 HYBRID = ["hydra", "attention", "low_rank", {"matrix": "attention", "d_conv": 3}, {"matrix": "dft", "max_length": 50}]
@@ -80,6 +80,15 @@ def test_misfits_are_named():
         Encoder(16, ["hydra"], **SMALL)(torch.zeros(2, 5, 8))
     with pytest.raises(TypeError, match="an encoder has no option d_stat"):
         Encoder(16, ["attention"], d_stat=3)
+
+
+def test_a_layer_refuses_a_mask_that_it_would_not_heed():
+    layer, h = EncoderLayer(MatrixMixer(16, "add", **SMALL)), torch.zeros(1, 5, 16)
+    one = layout((1, 5), None, torch.tensor([0, 2, 5])).documents
+    with pytest.raises(ValueError, match="mask must come with an order"):
+        layer(h, mask=torch.ones(1, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="documents must come without an order"):
+        layer(h, one, order=Order.of(torch.arange(5)))
 
 
 def test_dropout_and_eps_reach_every_layer():

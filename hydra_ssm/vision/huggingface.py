@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..encoder import Modulation
+from ..layer import Modulation
 from ..pretrained import IN_FLOAT32, initialize_mixers
 from .models import HydraViT
 

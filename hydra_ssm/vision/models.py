@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..encoder import Encoder, MixerSpec, Modulation, undecayed
+from ..encoder import Encoder, MixerSpec, undecayed
+from ..layer import Modulation
 from ..mixer import MatrixMixer
 from .orders import Grid, parse, reading
 from .patches import PatchEmbed, Size, resized, sizes
