@@ -10,15 +10,17 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
+from importlib.metadata import version
 from itertools import dropwhile, takewhile
 from typing import Any
 
+from . import __version__
 from ._extras import require
 
 MISTAKE = 2  # the exit code of what the user can repair
 HELP = """Bidirectional state space encoders for text and pictures.
 
-usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options
+usage: hydra-ssm COMMAND ..., and hydra-ssm COMMAND --help for its options; hydra-ssm --version
 
   pretrain     train a masked language model on text
   data prepare turn text of any size into shards of tokens for pretrain
@@ -62,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not given or given[0] in ("-h", "--help"):
             print(HELP, end="")
+            return 0
+        if given[0] == "--version":
+            print(f"hydra-ssm {__version__}, torch {version('torch')}")
             return 0
         command = _parse(given)
         with warnings.catch_warnings():

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import hydra_ssm
 from hydra_ssm.cli import main
 
 KINDS = ["red", "old", "big", "new"]
@@ -199,6 +201,12 @@ def test_a_mistake_of_ours_keeps_its_traceback(here: Path, monkeypatch: pytest.M
     monkeypatch.setattr("hydra_ssm.train.pretrain.prepare", broken)
     with pytest.raises(AssertionError, match="ours"):
         main(["pretrain", "text.txt"])
+
+
+def test_the_version_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hydra-ssm {hydra_ssm.__version__}, torch {torch.__version__}\n"
 
 
 @pytest.mark.parametrize("asked", ["--help", "-h"])
