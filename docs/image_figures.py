@@ -17,6 +17,7 @@ from hydra_ssm.train.image.comparison.report import (
     PYTHON,
     draw,
     from_python,
+    lead,
     learning_rate,
     plus_minus,
     seeds,
@@ -63,6 +64,7 @@ def models(report: Report) -> list[str]:
     marks = {EDGE: any(r["rate_at_edge"] for r in report["rows"]), PYTHON: any(map(from_python, report["rows"]))}
     told = [f"`{mark}` {MARKS[mark]}." for mark, there in marks.items() if there]
     told += [f"Failed: {name} ({' '.join(lines)})." for name, lines in report["failed"].items()]
+    told = [*(f"{line}." for line in lead(report)), *told]
     return [*lines, "", *told, *([""] if told else []), *(f"- `{r['row']}`: {r['about']}" for r in report["rows"]), ""]
 
 

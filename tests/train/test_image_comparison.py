@@ -383,12 +383,22 @@ def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
         "seed": 0,
         "diverged": None,
         "curve": [{"epoch": 1, "loss": 1.0, "top1": 50.0, "top1_ema": 60.0}],
+        "top1": 50.0,
+        "top1_ema": 60.0,
     }
+    runs = [
+        run,
+        run | {"seed": 1, "top1": 52.0},
+        run | {"seed": 2, "diverged": "in epoch 1"},
+        run | {"row": "hydra_vit", "seed": 1, "top1": 55.0, "top1_ema": 63.0},
+        run | {"row": "hydra_vit", "top1": 51.0, "top1_ema": 62.0},
+        run | {"row": "hydra_vit", "seed": 2, "top1": 99.0},
+    ]
     speed = {"pictures_per_second_step": 1234.5, "peak": 99.0, "graph": False, "device": "cuda"}
     mean = {"mean": 60.0, "std": 1.5}
     report = {
         "date": "today", "machine": {"device": "GPU", "torch": "2"}, "plan": asdict(Plan.of("usual", {})),
-        "data": {"source": "cifar", "train_pictures": 9, "test_pictures": 3, "size": 32}, "runs": [run],
+        "data": {"source": "cifar", "train_pictures": 9, "test_pictures": 3, "size": 32}, "runs": runs,
         "rows": [{"row": "vit", "about": "ViT", "seeds": [0, 1], "diverged": 1, "parameters": 2_000_000, "speed": speed,
                   "learning_rate": 1e-3, "rate_at_edge": True,
                   "top1": mean, "top1_ema": mean, "top5": mean, "top5_ema": mean}],
@@ -415,6 +425,8 @@ def test_the_report_becomes_tables_of_a_page(tmp_path, monkeypatch):
     assert text.count(line) == 1
     assert "`!` the best learning rate is the highest or the lowest" in text
     assert "`*` no CUDA graph" in text
+    lead = "hydra_vit less vit, seed by seed (2): top-1 averaged +2.50 ± 0.71, raw +2.00 ± 1.41 points"
+    assert text.count(lead) == table(report).count(lead) == 1
     assert "Failed: add-0.001-seed-0 (RuntimeError: out of luck)." in text
     assert "| vit | 41.00 | diverged |" in text
     shown = table(report)  # the same for a terminal

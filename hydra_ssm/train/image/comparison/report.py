@@ -17,6 +17,7 @@ from .speed import RESOLUTIONS, SPEED, read
 
 Report = dict[str, Any]
 EDGE, PYTHON = "!", "*"
+BAR = ("hydra_vit", "vit")
 TRIAL = "small: it shows that the command works; models so small, trained so briefly, say nothing of the others"
 MARKS = {
     EDGE: "the best learning rate is the highest or the lowest that was tried: this row may not be at its best",
@@ -42,7 +43,7 @@ def best_rates(out: Path, plan: Plan, rows: Sequence[str]) -> dict[str, float]:
     if len(plan.learning_rates) == 1:
         return dict.fromkeys(rows, plan.learning_rates[0])
     scores = {row: tried for row in rows if (tried := tried_rates(out, plan, row)) and plan.further(tried) is None}
-    return {row: max(tried, key=tried.__getitem__) for row, tried in scores.items()}
+    return {row: max(sorted(tried), key=tried.__getitem__) for row, tried in scores.items()}
 
 
 def _better(record: dict[str, Any]) -> float:
@@ -102,7 +103,20 @@ def table(report: Report) -> str:
         )
         notes += [mark for mark in (EDGE, PYTHON) if mark in lines[-1]]
     trial = [TRIAL] if report["plan"]["size"] == "small" else []
-    return "\n".join([*lines, *(f"{mark} {MARKS[mark]}" for mark in dict.fromkeys(notes)), *trial])
+    return "\n".join([*lines, *lead(report), *(f"{mark} {MARKS[mark]}" for mark in dict.fromkeys(notes)), *trial])
+
+
+def lead(report: Report) -> list[str]:
+    """A line: how far Hydra-ViT is before the ViT, mean and standard deviation over seeds that both came through."""
+    own, other = ({r["seed"]: r for r in report["runs"] if r["row"] == row and not r["diverged"]} for row in BAR)
+    shared = sorted(own.keys() & other.keys())
+    if not shared:
+        return []
+    found = []
+    for name, kind in (("top1_ema", "averaged"), ("top1", "raw")):
+        points = _mean([own[seed][name] - other[seed][name] for seed in shared])
+        found.append(f"{kind} {points['mean']:+.2f} ± {points['std']:.2f}")
+    return [f"{BAR[0]} less {BAR[1]}, seed by seed ({len(shared)}): top-1 {', '.join(found)} points"]
 
 
 def learning_rate(row: dict[str, Any]) -> str:
