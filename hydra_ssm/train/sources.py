@@ -17,6 +17,7 @@ from .reference_text import language_reference
 
 TEXT = {".txt", ".text", ".md", ".rst"}
 DATA = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+HALF = re.compile("[\ud800-\udfff]")  # of a character, as JSON can spell it: no text has it alone
 TEXT_COLUMN = "text"  # where the user names no other
 ONE_IN = 20  # so many documents, one is held out; of fewer documents, the last part of each
 

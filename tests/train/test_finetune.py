@@ -1,6 +1,7 @@
 """`hydra-ssm finetune`: a user's own table becomes a model that transformers loads, or a mistake is named."""
 
 import csv
+import itertools
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.finetune import finetune, metrics
+from hydra_ssm.train.finetune.own import _natural
 from hydra_ssm.train.finetune.table import Problem, guess, read_rows, take
 
 QUICK = {"epochs": 8, "learning_rate": 5e-3, "batch_size": 8}
@@ -223,6 +225,35 @@ def test_rows_that_teach_nothing_are_counted(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "q.tsv")[0] == [{"text": '"a', "label": "x"}]
 
 
+def test_half_a_character_is_no_text() -> None:
+    """As messages have it that were cut in the midst of an emoji."""
+    rows = [{"text": "half \ud83d", "label": "\ude00"}]
+    found = take(rows, Problem("classification", ("text",), "label"), "data")
+    assert (found.texts, found.labels) == ([("half \ufffd",)], ["\ufffd"])
+    found = take([{"text": ["a", "\ud83d"], "label": ["O", "\ud83d"]}], Problem("tagging", ("text",), "label"), "data")
+    assert (found.texts, found.labels) == ([(["a", "\ufffd"],)], [["O", "\ufffd"]])
+
+
+def test_the_order_of_labels_is_that_of_their_numbers_and_names() -> None:
+    names = ["-1", "2", "10", "a", "inf", "nan"]
+    for order in itertools.permutations(names):
+        assert sorted(order, key=_natural) == names
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging"])
+def test_labels_that_are_held_out_alone_are_said(kind: str, model: Path, tmp_path: Path) -> None:
+    value = (lambda name: [name, "a"]) if kind == "tagging" else str
+    rows = [{"tokens": ["the", f"cat{i}"], "label": value("ab"[i % 2])} for i in range(8)]
+    kept = [{"tokens": ["the", "dog"], "label": value(name)} for name in ("b", "d", "c")]
+    said: list[str] = []
+    report = finetune(
+        model, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out", task=kind, text=["tokens"], label="label",
+        held_out=write_jsonl(tmp_path / "kept.jsonl", kept), say=said.append, **{**QUICK, "epochs": 1},
+    )  # fmt: skip
+    assert report["classes"] == ("a", "b", "c", "d")
+    assert "of the held-out labels, no row to train on has c, d" in said
+
+
 MISTAKES = {
     "model good.csv --text body": "there must be a column body, the columns are text, label",
     "model good.csv --label verdict": "there must be a column verdict, the columns are text, label",
@@ -236,7 +267,9 @@ MISTAKES = {
     "model many.csv": "label has 40 different labels in 40 rows, too many to learn",
     "model good.xlsx": "the data must be a file of .csv, .tsv, .jsonl, .ndjson, got good.xlsx",
     "model nowhere.csv": "No such file or directory: nowhere.csv",
-    "model latin.csv": "cannot read latin.csv: 'utf-8' codec can't decode",
+    "model latin.csv": "latin.csv must be UTF-8 text, it is not: invalid continuation byte",
+    "model good.csv --length 4": "length must be at least 5, got 4",
+    "model good.csv --out odd --overwrite": "odd must be new or empty, it holds finetune.json: choose another --out",
     "model good.csv --task parsing": "invalid choice 'parsing' for argument '--task'",
     "model good.csv --epochs 0": "epochs must be above 0, got 0",
     "model good.csv --out foreign": "foreign must be new or empty, it holds thesis.tex: choose another --out",
@@ -262,6 +295,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     for name, content in files.items():
         Path(name).write_text(content, encoding="utf-8")
     Path("latin.csv").write_bytes("text,label\nnaïve,x\n".encode("latin-1"))
+    Path("odd").mkdir()
+    Path("odd", "finetune.json").write_text("{}", encoding="utf-8")
     Path("foreign").mkdir()
     Path("foreign", "thesis.tex").touch()
     Path("model").symlink_to(model)

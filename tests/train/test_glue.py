@@ -448,6 +448,7 @@ def test_glue_without_its_folders_is_a_mistake(
         "model --data glue --out foreign": "foreign must be new, empty or hold runs of glue, it holds thesis.tex",
         "model --data glue --jobs 0": "jobs must be at least 1",
         "model --data glue --epochs 0": "epochs must be above 0, got 0",
+        "model --data glue --length 4": "length must be at least 5, got 4",
         "empty --data glue": "empty must hold a model, as pretrain or save_pretrained write it, it has no weights",
         "foreign --data glue": "foreign must hold the model's tokenizer: ",
     }

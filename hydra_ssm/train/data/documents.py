@@ -18,14 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from ..errors import UserError
-from ..sources import DATA, TEXT, entries_of, open_hub, open_saved
+from ..sources import DATA, HALF, TEXT, entries_of, open_hub, open_saved
 
 COMPRESSED = {".gz", ".zst"}
 RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 PART = 1 << 20  # bytes; a longer document becomes several
 LONGEST = 1 << 26  # bytes of one record of JSON, which must be in memory to be read
 REPAIRABLE = 0.01  # of a document's characters may be invalid; with more it is no UTF-8 text
-HALF = re.compile("[\ud800-\udfff]")  # of a character: no text has it alone
 INVALID = "surrogateescape"  # a byte that is not UTF-8 becomes one, which `document` counts
 BROKEN = (OSError, EOFError, zlib.error, pa.ArrowException)
 

@@ -38,6 +38,7 @@ from ..whole import WholeCheckpoints
 from .data import Examples
 
 WARM_UP = 0.06  # of the steps
+SHORTEST = 5  # tokens of an example: [CLS] one [SEP] other [SEP]
 TOGETHER = 1000  # texts that are tokenised at once
 TOKENS = 16384  # of a batch that is predicted
 HEADS = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}

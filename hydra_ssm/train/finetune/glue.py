@@ -14,7 +14,7 @@ from ..records import write_json
 from ..workers import Say, speak, usual_jobs
 from . import metrics
 from .data import TaskData, find
-from .engine import load_words
+from .engine import SHORTEST, load_words
 from .jobs import run_all
 from .report import collect, table
 from .run import Key, Plan, finished, weights_of
@@ -101,6 +101,8 @@ def _check(seeds: Sequence[int], jobs: int | None, limit: float | None, settings
         raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
     if not seeds or not all(0 <= seed < 2**32 for seed in seeds):
         raise UserError(f"seeds must be at least 0 and below {2**32}, one or more, got {list(seeds)}")
+    if (length := settings.get("length")) is not None and length < SHORTEST:
+        raise UserError(f"length must be at least {SHORTEST}, got {length}")
     for name, value in settings.items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} must be above 0, got {value}")

@@ -15,8 +15,8 @@ from ..checkpoints import MANIFEST, UNFINISHED, remove, whole_folder
 from ..errors import UserError
 from ..workers import Say, speak
 from . import metrics
-from .engine import Recipe
-from .table import TASKS, Problem, Rows, guess, read_rows, take
+from .engine import SHORTEST, Recipe
+from .table import TASKS, Problem, Rows, as_number, guess, read_rows, take
 from .tuning import Labels, Tuning
 
 REPORT = "finetune.json"
@@ -72,6 +72,8 @@ def finetune(
     labels = _labels(problem, rows, kept)
     recipe = _recipe(settings, len(rows))
     say(f"{_described(problem, rows, labels)}; {len(rows):,} rows to train on, {len(kept):,} held out")
+    if labels.classes and (new := sorted(_names(kept.labels) - _names(rows.labels), key=_natural)):
+        say(f"of the held-out labels, no row to train on has {', '.join(new[:5])}{', ...' if len(new) > 5 else ''}")
     report: dict[str, Any] = {
         "model": str(model), "data": str(data), "problem": asdict(problem), "classes": labels.classes,
         "rows": {"train": len(rows), "held_out": len(kept)}, "recipe": asdict(recipe),
@@ -97,7 +99,10 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} must be a folder, it is a file")
     entries = [p.name for p in folder.iterdir()] if folder.exists() else []
     earlier = folder / REPORT
-    own = json.loads(earlier.read_text(encoding="utf-8"))["files"] if earlier.is_file() else []
+    try:
+        own = json.loads(earlier.read_text(encoding="utf-8"))["files"] if earlier.is_file() else []
+    except (ValueError, LookupError, TypeError):
+        own = []  # it is not known whose they are
     if foreign := [name for name in entries if name not in own and not name.startswith(UNFINISHED)]:
         raise UserError(f"{folder} must be new or empty, it holds {min(foreign)}: choose another --out")
     if own and not overwrite:
@@ -109,6 +114,8 @@ def _recipe(settings: dict[str, Any], rows: int) -> Recipe:
     for name, value in given.items():
         if name == "seed" and not 0 <= value < 2**32:
             raise UserError(f"seed must be at least 0 and below {2**32}, got {value}")
+        if name == "length" and value < SHORTEST:
+            raise UserError(f"length must be at least {SHORTEST}, got {value}")
         if name != "seed" and not 0 < value < float("inf"):
             raise UserError(f"{name} must be above 0, got {value}")
     return Recipe(**{"weight_decay": 0.0, "epochs": 10 if rows < FEW else 3, **USUAL, **given})
@@ -142,7 +149,7 @@ def _labels(problem: Problem, rows: Rows, kept: Rows) -> Labels:
             raise UserError(f"the labels must differ, all are {rows.labels[0]:g}")
         return Labels(middle=mean(rows.labels), spread=pstdev(rows.labels))
     every = [*rows.labels, *kept.labels]
-    names = {name for tags in every for name in tags} if problem.task == "tagging" else set(every)
+    names = _names(every)
     if len(names) < 2:
         raise UserError(f"there must be two labels at least in {problem.label}, all rows have {min(names)}")
     if len(names) > 1000 or (problem.task == "classification" and len(names) > max(2, len(every) // 2)):
@@ -153,12 +160,15 @@ def _labels(problem: Problem, rows: Rows, kept: Rows) -> Labels:
     return Labels(tuple(sorted(names, key=_natural)))
 
 
+def _names(labels: Sequence[str | list[str]]) -> set[str]:
+    """Of classes or tags."""
+    return {name for label in labels for name in (label if isinstance(label, list) else [label])}
+
+
 def _natural(name: str) -> tuple[float, str]:
     """Numbers in their order, before words in theirs."""
-    try:
-        return float(name), name
-    except ValueError:
-        return float("inf"), name
+    number = as_number(name)
+    return float("inf") if number is None else number, name
 
 
 def _described(problem: Problem, rows: Rows, labels: Labels) -> str:

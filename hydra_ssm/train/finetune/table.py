@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..sources import HALF
 
 TASKS = ("classification", "regression", "tagging")
 MOST_CLASSES = 20  # of whole numbers; more are taken for measurements
@@ -76,7 +77,9 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
                     broken.append(line)
                 else:
                     rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8 text, it is not: {error.reason}") from error
+    except csv.Error as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not rows:
         raise UserError(f"{path} must hold rows, it holds none")
@@ -150,7 +153,7 @@ def _has_tags(rows: Sequence[Row], by_name: dict[str, str], texts: Sequence[str]
 
 def split(value: Any) -> list[str]:
     """Words or tags: a list's, or what spaces separate."""
-    return [str(item) for item in value] if isinstance(value, list) else _text(value).split()
+    return [HALF.sub("\ufffd", str(item)) for item in value] if isinstance(value, list) else _text(value).split()
 
 
 def _guess_label(rows: Sequence[Row], columns: Sequence[str], by_name: dict[str, str], texts: Sequence[str]) -> str:
@@ -178,7 +181,7 @@ def _guess_texts(rows: Sequence[Row], columns: Sequence[str], by_name: dict[str,
 
 def _kind(values: Sequence[Any]) -> str:
     """Regression where all labels are numbers, and not a few whole ones; else classification."""
-    numbers = [_number(value) for value in values if _text(value)]
+    numbers = [as_number(value) for value in values if _text(value)]
     if not numbers or any(number is None for number in numbers):
         return "classification"
     whole = all(number is not None and number.is_integer() for number in numbers)
@@ -187,10 +190,11 @@ def _kind(values: Sequence[Any]) -> str:
 
 def _text(value: Any) -> str:
     """A cell's text; "" for one that is empty."""
-    return "" if value is None else str(value).strip()
+    return "" if value is None else HALF.sub("\ufffd", str(value)).strip()
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """What a cell says, if that is a finite number."""
     try:
         number = float(_text(value))
     except ValueError:
@@ -224,6 +228,6 @@ def _example(row: Row, problem: Problem) -> tuple[tuple[Any, ...], Any, str]:
     texts, label = tuple(_text(row.get(name)) for name in problem.texts), _text(row.get(problem.label))
     fault = "without a label" if not label else "without text" if not all(texts) else ""
     if problem.task == "regression" and not fault:
-        label = _number(label)
+        label = as_number(label)
         fault = "whose label is not a number" if label is None else ""
     return texts, label, fault

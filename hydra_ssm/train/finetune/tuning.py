@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class Tagged(Encoded):
             )
             self._count_cut(found)
             places = found.word_ids()
-            firsts = [place is not None and place not in places[:i] for i, place in enumerate(places)]
+            firsts = [place is not None and place != before for before, place in pairwise([None, *places])]
             labels = [numbers[tags[p]] if new else IGNORED for p, new in zip(places, firsts, strict=True)]
             self.ids.append(np.array(found["input_ids"], np.int32))
             self.types.append(np.array(found["token_type_ids"], np.int8))
