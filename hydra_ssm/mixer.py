@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .matrices import MATRICES, Inputs, Placed, Projected, Settings, StructuredMatrix
+from .matrices import Inputs, Placed, Projected, Settings, StructuredMatrix, matrix_class
 from .ops import Documents, Layout, last_linear, layout, per_document, rows
 from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
@@ -62,7 +62,7 @@ class MatrixMixer(nn.Module):
         **state_options: Any,
     ) -> None:
         super().__init__()
-        self.matrix_class = _matrix_class(matrix)
+        self.matrix_class = matrix_class(matrix)
         self.data_dependent = _form(self.matrix_class, data_dependent)
         self.d_model, self.d_inner, self.bare = d_model, int(expand * d_model), bare
         _check_sizes(d_model, self.d_inner, headdim, ngroups, d_state, d_conv, max_length)
@@ -321,16 +321,6 @@ def _taken(inputs: Inputs, layout: Layout) -> Inputs:
     """What the matrices of a layout's rows are built from."""
     features = {name: layout.take(t) for name, t in inputs.features.items()}
     return replace(inputs, x=layout.take(inputs.x), features=features, documents=layout.documents)
-
-
-def _matrix_class(matrix: str | type[StructuredMatrix]) -> type[StructuredMatrix]:
-    if isinstance(matrix, str):
-        if matrix not in MATRICES:
-            raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
-        return MATRICES[matrix]
-    if not (isinstance(matrix, type) and issubclass(matrix, StructuredMatrix)):
-        raise TypeError(f"matrix must be a name in hydra_ssm.MATRICES or a class of StructuredMatrix, got {matrix!r}")
-    return matrix
 
 
 def _form(matrix: type[StructuredMatrix], data_dependent: bool | None) -> bool:

@@ -238,6 +238,7 @@ def test_a_diagonal_however_large_hides_no_rank_beside_it():
     ("M", "options", "message"),
     [
         (torch.ones(3, 4), {}, "M must be square, (..., L, L), got (3, 4)"),
+        (torch.diag(torch.tensor([1.0, torch.nan])), {}, "M must be finite, 1 of its 4 entries are not"),
         (torch.ones(4, 4), {"cuts": [0]}, "cuts must be at least 1 and below 4, got [0]"),
     ],
 )
@@ -278,7 +279,9 @@ def test_each_class_is_aligned_as_the_table_says(name):
     assert MATRICES[name].data_dependent == (ALIGNMENT[name] != "no token owns a parameter")
 
 
-def test_mult_has_no_matrix_to_be_aligned():
+def test_mult_has_no_matrix_to_be_aligned_and_what_is_no_class_is_named():
+    with pytest.raises(ValueError, match=r"matrix must be one of dense, .*, got 'hydra'"):
+        alignment("hydra")
     with pytest.raises(TypeError, match="mult is quadratic in x"):
         alignment("mult")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..matrices import MATRICES, Inputs, Settings, StructuredMatrix
+from ..matrices import Inputs, Settings, StructuredMatrix, matrix_class
 
 MOVED = 1e-9  # relative to the largest entry; rounding of float64 moves none so far
 
@@ -42,9 +42,10 @@ def alignment(matrix: str | type[StructuredMatrix], *, length: int = 9, order: i
         order: of the class (`d_state`).
 
     Raises:
-        TypeError: the class has no matrix, as mult.
+        ValueError: there is no class of this name.
+        TypeError: it is no class of matrices, or one without a matrix, as mult.
     """
-    matrix = MATRICES[matrix] if isinstance(matrix, str) else matrix
+    matrix = matrix_class(matrix)
     settings = Settings(nheads=2, headdim=2, d_state=order, max_length=length)
     # The first of the batch is the example; in number k + 1 token k is another.
     M = matrix.build(_one_token_changed(matrix, settings, length)).dense()

@@ -55,11 +55,16 @@ def rank(
             whole: of M). None: L times the precision of M's dtype.
 
     Raises:
-        ValueError: M is not square, or a cut lies outside.
+        ValueError: M is not square or not of finite numbers, or a cut lies outside.
+        TypeError: M is not floating point.
     """
-    L = M.shape[-1]
-    if M.ndim < 2 or M.shape[-2] != L or L == 0:
+    if M.ndim < 2 or M.shape[-2] != M.shape[-1] or M.shape[-1] == 0:
         raise ValueError(f"M must be square, (..., L, L), got {tuple(M.shape)}")
+    if not M.is_floating_point():
+        raise TypeError(f"M must be floating point, got {M.dtype}")
+    if not M.isfinite().all():
+        raise ValueError(f"M must be finite, {int((~M.isfinite()).sum())} of its {M.numel()} entries are not")
+    L = M.shape[-1]
     places = range(0 if diagonal else 1, L) if cuts is None else cuts
     if any(not (0 if diagonal else 1) <= k < L for k in places):
         raise ValueError(f"cuts must be at least {0 if diagonal else 1} and below {L}, got {list(places)}")

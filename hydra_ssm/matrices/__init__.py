@@ -31,5 +31,17 @@ MATRICES: dict[str, type[StructuredMatrix]] = {
     "concat": Concat,
 }
 
-__all__ = ["MATRICES", "Feature", "Inputs", "Placed", "Projected", "Settings", "StructuredMatrix"]
+
+def matrix_class(matrix: str | type[StructuredMatrix]) -> type[StructuredMatrix]:
+    """The class of this name, or the class itself. Raises ValueError or TypeError for anything else."""
+    if isinstance(matrix, str):
+        if matrix not in MATRICES:
+            raise ValueError(f"matrix must be one of {', '.join(MATRICES)}, got {matrix!r}")
+        return MATRICES[matrix]
+    if not (isinstance(matrix, type) and issubclass(matrix, StructuredMatrix)):
+        raise TypeError(f"matrix must be a name in hydra_ssm.MATRICES or a class of StructuredMatrix, got {matrix!r}")
+    return matrix
+
+
+__all__ = ["MATRICES", "Feature", "Inputs", "Placed", "Projected", "Settings", "StructuredMatrix", "matrix_class"]
 __all__ += [matrix.__name__ for matrix in MATRICES.values()]

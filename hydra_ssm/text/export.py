@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ class Program(nn.Module):
         return tuple(found[name] for name in self.outputs)
 
 
+@contextmanager
+def evaluating(model: HydraPreTrainedModel) -> Iterator[Program]:
+    """The model as a Program that draws no dropout; afterwards it goes on training, if it did."""
+    training = model.training
+    try:
+        yield Program(model).eval()
+    finally:
+        model.train(training)
+
+
 def export(model: HydraPreTrainedModel) -> ExportedProgram:
     """The model, on the CPU, as a program of INPUTS for any batch and any length from SHORTEST on.
 
@@ -71,10 +82,9 @@ def export(model: HydraPreTrainedModel) -> ExportedProgram:
     example = example_inputs(model.config, 2, min(70, longest - 1))
     try:
         # Without this, tracing would tell sizes of 1 from others, and refuse them.
-        with torch.no_grad(), tracing.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            return torch.export.export(
-                Program(model).eval(), example, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False
-            )
+        oblivious = tracing.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), evaluating(model) as program, oblivious:
+            return torch.export.export(program, example, dynamic_shapes=dict.fromkeys(INPUTS, sizes), strict=False)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         mixers = sorted({m.matrix_class.__name__ for m in model.modules() if isinstance(m, MatrixMixer)})
         reason = str(error).strip().splitlines()[0]
@@ -166,8 +176,8 @@ def difference(model: HydraPreTrainedModel, run: Callable[..., tuple[Tensor, ...
     longest = longest_document(model)
     for batch, length in UNSEEN:
         inputs = example_inputs(model.config, batch, min(length, longest))
-        with torch.no_grad():
-            expected = Program(model)(*inputs)
+        with torch.no_grad(), evaluating(model) as program:
+            expected = program(*inputs)
         for found, wanted in zip(run(*inputs), expected, strict=True):
             worst = max(worst, (found - wanted).abs().nan_to_num(nan=math.inf).max().item())  # max() skips NaN
     return worst

@@ -123,8 +123,9 @@ def test_a_program_that_gives_nan_differs(written: tuple[HydraModel, Path]) -> N
 
 @pytest.mark.parametrize("name", ["low_rank", "concat"])
 def test_a_hybrid_of_other_linear_mixers_exports(name: str) -> None:
-    model = HydraModel(tiny("hydra", mixers=[name, "attention"], num_hidden_layers=2)).eval()
+    model = HydraModel(tiny("hydra", mixers=[name, "attention"], num_hidden_layers=2)).train()
     assert difference(model, export(model).module()) < 1e-5
+    assert model.training  # as before
 
 
 def test_a_model_of_many_choices_is_refused() -> None:
