@@ -313,6 +313,37 @@ def test_what_is_known_without_context_is_what_counting_finds(tmp_path: Path) ->
     assert losses[PLACE] < 0.95 * losses[FREQUENCIES]
 
 
+def test_what_is_known_without_context_follows_from_how_tokens_are_hidden(tmp_path: Path) -> None:
+    """Of a text with words that the training text lacks, beside one with many that the tokenizer does not know."""
+    words, draw = train_tokenizer([sentences(300)], 60), np.random.default_rng(1)
+    texts = {"train": draw.integers(5, 30, 90), "books": draw.integers(10, 45, 2000)}
+    texts["train"][::2] = words.unk_token_id
+    for name, tokens in texts.items():
+        np.save(tmp_path / f"{name}.npy", tokens.astype(np.uint16))
+        np.save(tmp_path / f"{name}-ends.npy", np.array([len(tokens)]))
+    words.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "data.json").write_text("{}")
+    ordinary = [word for word in range(len(words)) if word not in words.all_special_ids]
+    counts = {word: 1 + int((texts["train"] == word).sum()) for word in ordinary}
+    share = {word: count / sum(counts.values()) for word, count in counts.items()}
+
+    def becomes(word: int, seen: int) -> float:
+        if seen == words.mask_token_id:
+            return 0.8
+        return 0.1 / len(ordinary) + 0.1 * (word == seen)
+
+    inputs, labels = (t.numpy() for t in Data(tmp_path).evaluation("books", 50))
+    hidden = list(zip(labels[labels != IGNORED].tolist(), inputs[labels != IGNORED].tolist(), strict=True))
+    alone = [
+        share[word] * becomes(word, seen) / sum(share[other] * becomes(other, seen) for other in ordinary)
+        for word, seen in hidden
+    ]
+    assert {seen == words.mask_token_id for _, seen in hidden} == {True, False}
+    losses = without_context(Data(tmp_path), "books", 50)
+    assert losses[FREQUENCIES] == pytest.approx(-np.mean([math.log(share[word]) for word, _ in hidden]), rel=1e-12)
+    assert losses[PLACE] == pytest.approx(-np.mean(np.log(alone)), rel=1e-12)
+
+
 def test_a_best_rate_at_the_end_has_further_ones_beyond_it_for_both_models_and_norms_alike() -> None:
     for case in ((model, norm) for model in MODELS for norm in NORMS):
         for least, wanted in ((8.0, [8.0, 16.0]), (99.0, [8.0, 16.0]), (0.5, [0.5, 0.25]), (1.0, [0.5]), (2.0, [])):

@@ -25,6 +25,5 @@ def without_context(data: Data, name: str, length: int) -> dict[str, float]:
     hidden = labels != IGNORED
     seen, wanted = inputs[hidden], labels[hidden]
     by_frequency = share[wanted]
-    alone = (share[seen] * (seen == wanted) + by_frequency * random) / (share[seen] + random)
-    alone = np.where(seen == collator.mask_token, by_frequency, alone)
+    alone = (share[seen] * (seen == wanted) + by_frequency * random) / (share[seen] + random)  # share[MASK] is 0
     return {FREQUENCIES: -float(np.log(by_frequency).mean()), PLACE: -float(np.log(alone).mean())}
