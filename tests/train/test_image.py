@@ -641,11 +641,18 @@ MISTAKES = {
     "image train --data flowers --drop-path 2": "drop_path must be at most 1, got 2",
     "image train --data flowers --smoothing 1": "smoothing must be below 1",
     "image train --data flowers --scale 0.9 0.1": "scale must be two rising numbers",
+    "image train --data flowers --batch-size 8 --model vit_hydra_tiny_patch4_32 --randaugment loud": (
+        "randaugment must be what timm knows, such as rand-m9-mstd0.5-inc1, got loud"
+    ),
     "image train --data flowers/train/red": "must hold folders of pictures, one a class",
     "image train --out out --resume": "there is no run in out to resume: start it without --resume",
     "image train --resume --overwrite": "--resume goes on with a run, --overwrite removes it",
     "image train --data flowers --out run --batch-size 8": "run already holds a run: add --resume",
     "image eval flowers": "flowers must be what hydra-ssm image train wrote",
+    "image eval run --data flowers --batch-size 0": "batch_size must be at least 1, got 0",
+    "image eval run --data flowers --workers -2": "workers must be at least -1, got -2",
+    "image predict run flowers --out no/sheet.png": "there must be a folder no for sheet.png",
+    "image predict run flowers --out empty": "the sheet must be a file, empty is a folder",
     "image predict run nothing.jpg": "there is no file or folder nothing.jpg",
     "image predict run empty": "there must be pictures to look at",
     "image predict run text.jpg": "none of 1 files holds a picture that can be read",

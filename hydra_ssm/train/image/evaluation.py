@@ -106,6 +106,9 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
 
     Raises UserError where the folder holds no model or the data no pictures of its classes.
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, -1)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"averaged": False, "raw": True} if (folder / RAW).is_file() else {"averaged": False}
     trained = {name: load(folder, device, raw=raw) for name, raw in kinds.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ...vision.pictures import UNREADABLE, open_picture
-from ..errors import UserError
+from ..errors import UserError, in_a_line
 from .recipe import ImageRecipe
 from .sources import Part
 
@@ -126,12 +126,18 @@ class EvaluationOrder:
 
 
 def training_transform(recipe: ImageRecipe, config: dict[str, Any]) -> Any:
-    """timm's, to uint8: the rest happens where the model is."""
-    return create_transform(
-        config["input_size"], is_training=True, scale=recipe.scale, hflip=recipe.hflip, use_prefetcher=True,
-        auto_augment=recipe.randaugment or None, color_jitter=0.0, interpolation=config["interpolation"],
-        mean=config["mean"], std=config["std"],
-    )  # fmt: skip
+    """timm's, to uint8: the rest happens where the model is. Raises UserError for a randaugment that timm has not."""
+    try:
+        return create_transform(
+            config["input_size"], is_training=True, scale=recipe.scale, hflip=recipe.hflip, use_prefetcher=True,
+            auto_augment=recipe.randaugment or None, color_jitter=0.0, interpolation=config["interpolation"],
+            mean=config["mean"], std=config["std"],
+        )  # fmt: skip
+    except (AssertionError, ValueError, LookupError) as error:
+        usual = ImageRecipe.randaugment
+        raise UserError(
+            f"randaugment must be what timm knows, such as {usual}, got {recipe.randaugment}: {in_a_line(error)}"
+        ) from error
 
 
 def evaluation_transform(config: dict[str, Any]) -> Any:

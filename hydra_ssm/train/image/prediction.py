@@ -41,9 +41,13 @@ def predict(folder: Path, pictures: Sequence[Path], sheet: Path | None, *, say: 
         sheet: a PNG to draw; None for none.
 
     Raises:
-        UserError: there is no model or no picture that can be read.
+        UserError: there is no model, no picture that can be read, or no place for the sheet.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if sheet is not None and sheet.is_dir():
+        raise UserError(f"the sheet must be a file, {sheet} is a folder")
+    if sheet is not None and not sheet.parent.is_dir():
+        raise UserError(f"there must be a folder {sheet.parent} for {sheet.name}")
     files = _files(pictures)
     model, config, classes = load(folder, device)
     transform = evaluation_transform(config)
@@ -105,7 +109,7 @@ def _files(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and not p.is_dir())
         elif path.exists():
             found.append(path)
         else:

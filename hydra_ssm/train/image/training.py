@@ -66,7 +66,8 @@ def train(recipe: ImageRecipe, out: Path, *, overwrite: bool = False) -> dict[st
             parts = open_parts(recipe.data, recipe.seed)
             if len(parts[2]) < 2:
                 raise UserError(f"there must be pictures of at least two classes, got {parts[2][0]} alone")
-            create(recipe, len(parts[2]))  # raises where it cannot be made, before anything is written
+            _, config = create(recipe, len(parts[2]))  # raises where it cannot be made, before anything is written
+            training_transform(recipe, config)
             _check_enough(parts[0], recipe)
             with folder.begin(overwrite) as part:
                 (part / "recipe.json").write_text(recipe.to_json(), encoding="utf-8")

@@ -132,7 +132,7 @@ def _files(source: Path) -> Iterator[tuple[Path, bytes]]:
     if not source.exists():
         raise UserError(f"there is no file or folder {source}")
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS):
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()):
             yield path.relative_to(source), path.read_bytes()
         return
     try:
