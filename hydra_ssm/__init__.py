@@ -1,6 +1,6 @@
 """Bidirectional state space models as structured matrix mixers: Y = M X."""
 
-from .encoder import Encoder, EncoderLayer
+from .encoder import Encoder, EncoderLayer, undecayed
 from .matrices import MATRICES, StructuredMatrix
 from .mixer import Hydra, MatrixMixer, SelfAttention
 from .released import convert_block
@@ -15,4 +15,5 @@ __all__ = [
     "SelfAttention",
     "StructuredMatrix",
     "convert_block",
+    "undecayed",
 ]

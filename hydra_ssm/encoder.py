@@ -28,9 +28,9 @@ def expand_to(d_inner: int, d_model: int) -> float:
 
 
 def undecayed(model: nn.Module) -> set[str]:
-    """Full names of what the mixers of a model want no weight decay for."""
+    """Names of the parameters of a model, or of a mixer alone, that weight decay would harm: see MatrixMixer."""
     mixers = ((name, m) for name, m in model.named_modules() if isinstance(m, MatrixMixer))
-    return {f"{name}.{own}" for name, mixer in mixers for own in mixer.no_weight_decay()}
+    return {f"{name}.{own}".lstrip(".") for name, mixer in mixers for own in mixer.no_weight_decay()}
 
 
 def make_mixer(spec: MixerSpec, d_model: int, options: Mapping[str, Any]) -> MatrixMixer:

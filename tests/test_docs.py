@@ -12,7 +12,7 @@ import pytest
 import test_matrices
 import torch
 
-from hydra_ssm import MATRICES, MatrixMixer
+from hydra_ssm import MATRICES, MatrixMixer, undecayed
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -68,6 +68,22 @@ def test_the_code_of_the_matrices_page_runs():
     names = {}
     for _, code in BLOCK.findall(MATRICES_PAGE):
         exec(code, names)
+
+
+def test_the_code_for_code_of_ones_own_runs_and_no_weight_decay_reaches_the_decays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixer, text = BLOCK.findall((DOCS / "using.md").read_text(encoding="utf-8"))
+    names, parts = {}, ("A_log", "dt_bias", "D")
+    exec(mixer[1], names)
+    assert names["kept"] == {f"mixers.{i}.{part}" for i in range(3) for part in parts}
+    decayed = {id(p) for p in names["groups"][0]["params"]}
+    wanted = {name for name, p in names["model"].named_parameters() if id(p) in decayed}
+    assert wanted & names["kept"] == set()
+    assert undecayed(names["model"].mixers[0]) == set(parts)
+    exec(text[1], names)
+    wanted = names["trainer"].get_decay_parameter_names(names["model"])
+    assert "classifier.weight" in wanted
+    assert not [name for name in wanted if name.rpartition(".")[2] in parts]
 
 
 @pytest.fixture
