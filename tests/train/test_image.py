@@ -588,6 +588,16 @@ def test_a_model_of_two_sides_gets_pictures_of_them():
     assert model(torch.as_tensor(picture, dtype=torch.float32)[None]).shape == (1, 3)
 
 
+def test_a_model_that_takes_any_size_gets_pictures_of_the_one_asked_for(flowers, tmp_path):
+    recipe = ImageRecipe.of(
+        data=str(flowers), **{**TINY, **PLAIN, "epochs": 1, "model": "test_resnet", "model_args": {}}
+    )
+    train(recipe, tmp_path / "out")
+    assert load(tmp_path / "out", torch.device("cpu")).config["input_size"] == [3, 16, 16]
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == [3, 16, 16]
+
+
 def test_the_recipe_is_the_papers(flowers, tmp_path):
     recipe = ImageRecipe.of(data="imagenet")
     paper = {

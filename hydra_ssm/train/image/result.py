@@ -58,9 +58,10 @@ def on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def model_arguments(recipe: ImageRecipe) -> dict[str, Any]:
-    """What the model's function is given."""
-    size = {} if recipe.img_size is None else {"img_size": recipe.img_size}
-    return {**recipe.model_args, **size}
+    """What the model's function is given: the size of the pictures where the model has one, convolutions take any."""
+    described = timm.get_pretrained_cfg(recipe.model)
+    sized = recipe.img_size is not None and (described is None or described.fixed_input_size)
+    return {**recipe.model_args, **({"img_size": recipe.img_size} if sized else {})}
 
 
 def config_of(model: nn.Module, recipe: ImageRecipe) -> Config:
