@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..matrices import MATRICES
-from ..mixer import MatrixMixer
 from ..text.inference import TextModel
 from .alignment import alignment
 from .capture import Mixing, mixing_matrices
@@ -110,22 +109,11 @@ def _tokens(model: TextModel, text: str) -> tuple[dict[str, Tensor], list[str]]:
     ids = inputs["input_ids"][0].tolist()
     if set(ids) <= {model.tokenizer.cls_token_id, model.tokenizer.sep_token_id}:
         raise ValueError(f"the text must hold a word, the tokenizer finds none in {text!r}")
-    longest = _longest(model.model)
-    if len(ids) > min(longest, MOST):
-        why = "for this model" if longest <= MOST else "to be drawn"
-        raise ValueError(f"the text must have at most {min(longest, MOST)} tokens {why}, it has {len(ids)}")
+    longest = min(model.model.longest_document or MOST, MOST)
+    if len(ids) > longest:
+        why = "to be drawn" if longest == MOST else "for this model"
+        raise ValueError(f"the text must have at most {longest} tokens {why}, it has {len(ids)}")
     return inputs, list(model.tokenizer.convert_ids_to_tokens(ids))
-
-
-def _longest(model: nn.Module) -> int:
-    """The longest text that learned positions and fixed mixers allow."""
-    found = [MOST + 1]
-    for name, module in model.named_modules():
-        if isinstance(module, MatrixMixer) and not module.data_dependent:
-            found.append(module.settings.max_length)
-        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
-            found.append(module.num_embeddings)
-    return min(found)
 
 
 def _plural(count: int, noun: str) -> str:

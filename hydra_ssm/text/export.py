@@ -77,7 +77,7 @@ def export(model: HydraPreTrainedModel) -> ExportedProgram:
             raise ValueError(
                 f"{mixer.matrix_class.__name__} does not export with a dynamic length: its product has its own"
             )
-    longest = longest_document(model)
+    longest = model.longest_document or ANY
     sizes = {0: Dim("batch", min=1, max=ANY), 1: Dim("length", min=SHORTEST, max=longest)}
     example = example_inputs(model.config, 2, min(70, longest - 1))
     try:
@@ -89,12 +89,6 @@ def export(model: HydraPreTrainedModel) -> ExportedProgram:
         mixers = sorted({m.matrix_class.__name__ for m in model.modules() if isinstance(m, MatrixMixer)})
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"a model of {', '.join(mixers)} does not export with a dynamic length: {reason}") from error
-
-
-def longest_document(model: HydraPreTrainedModel) -> int:
-    """Tokens that the model takes: as many as it learned positions for, where it learned any."""
-    fixed = any(isinstance(m, MatrixMixer) and not m.data_dependent for m in model.modules())
-    return int(model.config.max_position_embeddings) if fixed or model.config.position_embeddings else ANY
 
 
 def example_inputs(config: HydraConfig, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +167,7 @@ def read_onnx(path: Path) -> Callable[..., tuple[Tensor, ...]]:
 def difference(model: HydraPreTrainedModel, run: Callable[..., tuple[Tensor, ...]]) -> float:
     """The largest difference of a program's outputs from the model's, at batches and lengths that it has not seen."""
     worst = 0.0
-    longest = longest_document(model)
+    longest = model.longest_document or ANY
     for batch, length in UNSEEN:
         inputs = example_inputs(model.config, batch, min(length, longest))
         with torch.no_grad(), evaluating(model) as program:

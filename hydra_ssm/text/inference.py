@@ -111,7 +111,8 @@ class TextModel:
     def fill(self, text: str, top: int) -> list[list[Filling]]:
         """For each [MASK] of the text the `top` likeliest words, best first.
 
-        Raises ValueError where the text has none, or the model no head that was trained to predict words.
+        Raises ValueError where the text has none, or one beyond what the model takes, or the model no head that was
+        trained to predict words.
         """
         if self.lacks_head:
             raise ValueError(
@@ -119,8 +120,14 @@ class TextModel:
             )
         inputs = self.tokenizer([text], return_tensors="pt", **self._limit())
         masks = inputs["input_ids"] == self.tokenizer.mask_token_id
-        if not masks.any():
+        wanted = self.tokenizer(text)["input_ids"].count(self.tokenizer.mask_token_id)
+        if not wanted:
             raise ValueError(f"the text must hold a {self.tokenizer.mask_token}, got {text!r}")
+        if masks.sum() < wanted:
+            raise ValueError(
+                f"each {self.tokenizer.mask_token} must be among the first {self.model.longest_document} tokens, "
+                "which are all that this model takes"
+            )
         logits = self.model(**inputs).logits[masks][:, : len(self.tokenizer)]  # the rest pads the vocabulary
         found = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
         return [
@@ -148,9 +155,9 @@ class TextModel:
         return vectors
 
     def _limit(self) -> dict[str, object]:
-        """Texts are cut where the model has learned positions up to a maximum, and else not at all."""
-        longest = self.model.config.max_position_embeddings
-        return {"truncation": True, "max_length": longest} if longest > 0 else {}
+        """Texts are cut where the model takes no longer ones, and else not at all."""
+        longest = self.model.longest_document
+        return {} if longest is None else {"truncation": True, "max_length": longest}
 
 
 def packed_rows(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..encoder import Encoder
+from ..mixer import MatrixMixer
 from ..ops import layout, zero_padding
 from ..pretrained import IN_FLOAT32, initialize_mixers
 from .config import HydraConfig
@@ -53,6 +54,15 @@ class HydraPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True  # attention layers call it
     _no_split_modules = ["HydraEmbeddings", "EncoderLayer"]  # noqa: RUF012 - transformers copies it
     _keep_in_fp32_modules_strict = list(IN_FLOAT32)  # noqa: RUF012
+
+    @property
+    def longest_document(self) -> int | None:
+        """Tokens of the longest document that learned positions and fixed mixers take; None: any are taken."""
+        fixed = [m for m in self.modules() if isinstance(m, MatrixMixer) and not m.data_dependent]
+        limits = [m.settings.max_length for m in fixed]
+        if self.config.position_embeddings:
+            limits.append(self.config.max_position_embeddings)
+        return min(limits, default=None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

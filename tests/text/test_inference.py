@@ -136,6 +136,32 @@ def test_texts_packed_in_rows_are_embedded_as_one_by_one(
     torch.testing.assert_close(found.embed(TEXTS).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+FIXED_TO_9 = {"mixers": {"matrix": "low_rank", "data_dependent": False, "max_length": 9}}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "longest"),
+    [
+        ({}, None),
+        ({"mixers": "toeplitz", "max_position_embeddings": 9}, None),  # which scales by it, at any length
+        (FIXED_TO_9, 9),
+        (FIXED_TO_9 | {"position_embeddings": True, "max_position_embeddings": 7}, 7),
+    ],
+)
+def test_texts_are_cut_where_the_model_takes_no_longer_ones_and_no_mask_is_lost(
+    sizes: dict[str, Any], longest: int | None, tmp_path: Path
+) -> None:
+    found = TextModel(save(HydraForMaskedLM(HydraConfig(**(TINY.to_diff_dict() | sizes))), tmp_path))
+    words = ["the", "cat"] * 10
+    whole, text = found.embed([" ".join(words)]), " ".join([*words[:8], "[MASK]", *words])
+    assert torch.equal(whole, found.embed([" ".join(words[:10])])) == (longest is not None)
+    if longest is None:
+        assert len(found.fill(f"[MASK] {text}", top=1)) == 2
+        return
+    with pytest.raises(ValueError, match=rf"each \[MASK\] must be among the first {longest} tokens"):
+        found.fill(f"[MASK] {text}", top=1)
+
+
 def test_rows_hold_every_text_once_no_padding_and_no_more_than_they_may() -> None:
     lengths = [*torch.randint(1, 60, (500,)).tolist(), 300]
     rows = packed_rows(lengths, 256)
