@@ -203,8 +203,8 @@ def data_prepare(
     """
     for package in ("datasets", "pyarrow", "rich"):
         require(package, extra="train")
-    from ..train.data.prepare import Settings as Preparation
     from ..train.data.report import prepare_and_show
+    from ..train.data.settings import Settings as Preparation
 
     settings = Preparation(sources, tokenizer, vocab_size, length, rows, documents, column, held_out, shard_tokens)
     prepare_and_show(settings, out, jobs=jobs, overwrite=overwrite)

@@ -27,10 +27,12 @@ from hydra_ssm.cli import main
 from hydra_ssm.text.collators import MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import load_tokenizer, train_tokenizer
 from hydra_ssm.train.checkpoints import MANIFEST, UNFINISHED
-from hydra_ssm.train.data import documents, prepare
-from hydra_ssm.train.data.documents import Input, document
-from hydra_ssm.train.data.prepare import Settings, prepare_shards
-from hydra_ssm.train.data.shards import Layout, ShardRows, TokenSequence, is_shards, pieces_of, write_shard
+from hydra_ssm.train.data import documents, pipeline, prepare
+from hydra_ssm.train.data.documents import document
+from hydra_ssm.train.data.inputs import Input
+from hydra_ssm.train.data.prepare import prepare_shards
+from hydra_ssm.train.data.settings import Settings
+from hydra_ssm.train.data.shards import Layout, ShardRows, TokenSequence, is_shards, pieces_of, sha256, write_shard
 from hydra_ssm.train.data.tokens import Words
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.packing import pack, pieces
@@ -506,7 +508,7 @@ def test_wherever_it_is_interrupted_the_result_is_the_same(
     settings = Settings(tuple(many), tokenizer, length=64, held_out=0.02, shard_tokens=20_000)
     plain = prepare_shards(settings, tmp_path / "plain", jobs=1)
     assert contents(tmp_path / "plain") == contents(uninterrupted)
-    monkeypatch.setattr(prepare, "BATCH", 20_000)
+    monkeypatch.setattr(pipeline, "BATCH", 20_000)
     first = prepare_shards(settings, tmp_path / "once", jobs=1)
     assert first["kept"] == plain["kept"]
 
@@ -533,7 +535,8 @@ def test_wherever_it_is_interrupted_the_result_is_the_same(
 CAPPED = """
 import resource, sys
 from pathlib import Path
-from hydra_ssm.train.data.prepare import Settings, prepare_shards
+from hydra_ssm.train.data.prepare import prepare_shards
+from hydra_ssm.train.data.settings import Settings
 source, tokenizer, out, warm, small, cap = sys.argv[1:]
 settings = dict(tokenizer=tokenizer, shard_tokens=100_000, documents="file")
 prepare_shards(Settings((small,), **settings), Path(warm), jobs=1)
@@ -609,7 +612,7 @@ def test_pretrain_trains_from_shards_as_from_their_text(here: Path, capsys: pyte
     assert metrics["training_tokens"] == manifest["splits"]["train"]["tokens"]
     assert metrics["held_out_tokens"] == manifest["splits"]["held_out"]["tokens"] > 0
     assert metrics["fill"] == pytest.approx(manifest["fill"], abs=1e-6)
-    assert manifest["tokenizer"]["sha256"] == prepare.sha256(Path("shards/tokenizer/tokenizer.json"))
+    assert manifest["tokenizer"]["sha256"] == sha256(Path("shards/tokenizer/tokenizer.json"))
     assert load_tokenizer("run").get_vocab() == TOKENIZER.get_vocab()
     assert not Path("run", "training", "train").exists()  # not copied
 
@@ -731,7 +734,7 @@ def test_a_data_base_that_cannot_grow_is_a_full_disk(here: Path, monkeypatch: py
             super().__init__(*given)
             self.connection.execute("PRAGMA max_page_count = 6")
 
-    monkeypatch.setattr(prepare, "BATCH", 200)
+    monkeypatch.setattr(pipeline, "BATCH", 200)
     settings = Settings(("a.jsonl",), "tokenizer", length=32, held_out=0.1, shard_tokens=100)
     with monkeypatch.context() as change:
         change.setattr(prepare, "State", Full)

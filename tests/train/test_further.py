@@ -20,7 +20,8 @@ from hydra_ssm.cli import main
 from hydra_ssm.text import HydraForMaskedLM, HydraForSequenceClassification, preset
 from hydra_ssm.text.tokenizer import load_tokenizer
 from hydra_ssm.train.checkpoints import checkpoints
-from hydra_ssm.train.data.prepare import Settings, prepare_shards
+from hydra_ssm.train.data.prepare import prepare_shards
+from hydra_ssm.train.data.settings import Settings
 from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare

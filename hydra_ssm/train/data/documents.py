@@ -1,15 +1,12 @@
-"""Documents out of files that may be huge, compressed or damaged: whatever cannot be read becomes an item as well."""
+"""Documents out of streams that may be huge or damaged: whatever cannot be read becomes an item as well."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import re
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -17,11 +14,8 @@ from typing import Any, BinaryIO, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from ..errors import UserError
-from ..sources import DATA, HALF, TEXT, entries_of, open_hub, open_saved
+from ..sources import HALF
 
-COMPRESSED = {".gz", ".zst"}
-RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 PART = 1 << 20  # bytes; a longer document becomes several
 LONGEST = 1 << 26  # bytes of one record of JSON, which must be in memory to be read
 REPAIRABLE = 0.01  # of a document's characters may be invalid; with more it is no UTF-8 text
@@ -42,107 +36,7 @@ class Item:
     cut: bool = False  # not the beginning of its document
 
 
-@dataclass(frozen=True)
-class Input:
-    """A file, or a data set of the datasets library."""
-
-    name: str
-    path: Path | None = None
-    open: Callable[[], Any] | None = None  # of a data set: its rows
-
-    @property
-    def size(self) -> int:
-        """Bytes; 0 where that is not known."""
-        return self.path.stat().st_size if self.path else 0
-
-    def items(self, documents: Documents, column: str, read: Callable[[int], None] = lambda _: None) -> Iterator[Item]:
-        """All documents and problems, the same every time. `read` is told how many bytes of the file are used."""
-        if self.path is None:
-            assert self.open is not None
-            return _rows(self.name, self.open(), column)
-        kind = _kind(self.path)
-        if kind == ".parquet":
-            return _guarded(self.name, _parquet(self.name, self.path, column))
-        return _guarded(self.name, self._stream_items(kind, documents, column, read))
-
-    def _stream_items(
-        self, kind: str, documents: Documents, column: str, read: Callable[[int], None]
-    ) -> Iterator[Item]:
-        assert self.path is not None
-        with self.path.open("rb") as raw, _plain(self.path, raw) as stream:
-            found = {
-                ".jsonl": lambda: _json_lines(self.name, stream, column),
-                ".json": lambda: _json(self.name, stream, column),
-                ".csv": lambda: _csv(self.name, stream, column),
-            }.get(kind, lambda: _text(self.name, stream, documents))()
-            for number, item in enumerate(found):
-                if not number % 64:
-                    read(raw.tell())
-                yield item
-
-
-def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
-    """(what to read, what else is in folders). Raises UserError where a source does not exist or cannot be listed."""
-    inputs: list[Input] = []
-    ignored: list[str] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            inputs.append(Input(source, open=_saved(path)))
-        elif path.is_dir():
-            found, others = _folder(path)
-            inputs += found
-            ignored += others
-        elif path.is_file():
-            inputs.append(Input(source, path))
-        elif _kind(path) in TEXT | RECORDS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
-            raise UserError(f"there is no file or folder {source}")
-        else:
-            inputs.append(Input(source, open=_hub(source)))
-    if twice := [name for name, times in Counter(source.name for source in inputs).items() if times > 1]:
-        raise UserError(f"each source must be given once, {twice[0]} is given twice")
-    return inputs, ignored
-
-
-def _saved(path: Path) -> Callable[[], Any]:
-    return lambda: open_saved(path)
-
-
-def _hub(source: str) -> Callable[[], Any]:
-    return lambda: open_hub(source, streaming=True)
-
-
-def _folder(path: Path) -> tuple[list[Input], list[str]]:
-    entries = entries_of(path)
-    texts = [p for p in entries if _kind(p) in TEXT and p.is_file()]
-    records = [p for p in entries if _kind(p) in RECORDS and p.is_file()]
-    if texts and records:
-        raise UserError(
-            f"the folder {path} must hold text or data files, it holds both: name {records[0].relative_to(path)} or "
-            f"{texts[0].relative_to(path)}, or a folder of one kind"
-        )
-    if not texts and not records:
-        kinds = ", ".join(sorted(TEXT | RECORDS | DATA.keys()))
-        raise UserError(f"the folder {path} must hold files of text ({kinds}; also .gz and .zst), it holds none")
-    used = set(texts + records)
-    return [Input(str(p), p) for p in texts + records], [str(p) for p in entries if p not in used]
-
-
-def _kind(path: Path) -> str:
-    """The ending below that of a compression. JSON Lines has two."""
-    suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
-    return ".jsonl" if suffix == ".ndjson" else suffix
-
-
-def _plain(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".zst":  # pyarrow, which the extra train brings, has the decoder
-        return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 17))
-    return raw
-
-
-def _guarded(name: str, items: Iterator[Item]) -> Iterator[Item]:
+def guarded(name: str, items: Iterator[Item]) -> Iterator[Item]:
     """A file that cannot be read to its end gives what is before the damage, and an item that says so."""
     try:
         yield from items
@@ -184,7 +78,7 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
         start = end
 
 
-def _text(name: str, stream: BinaryIO, documents: Documents) -> Iterator[Item]:
+def read_text(name: str, stream: BinaryIO, documents: Documents) -> Iterator[Item]:
     """Documents of a plain file. One longer than PART is cut while it is read: no file needs to fit into memory."""
     kept: list[bytes] = []
     size, first, cut = 0, 1, False
@@ -247,7 +141,7 @@ def _last_character(data: bytes) -> int:
     return start
 
 
-def _json_lines(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+def read_json_lines(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
     number = 0
     while line := stream.readline(LONGEST):
         number += 1
@@ -287,13 +181,13 @@ def _kind_of(value: Any) -> str:
     return str(value if isinstance(value, pa.DataType) else type(value).__name__)
 
 
-def _json(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+def read_json(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
     """JSON Lines, as most files of this ending are, or one array, which must fit into memory."""
     start = b""
     while not start.strip(b" \t\r\n\xef\xbb\xbf") and (byte := stream.read(1)):  # nor a byte order mark
         start = byte
     if start != b"[":
-        yield from _json_lines(name, cast(BinaryIO, io.BufferedReader(_Behind(start, stream))), column)
+        yield from read_json_lines(name, cast(BinaryIO, io.BufferedReader(_Behind(start, stream))), column)
         return
     data = start + stream.read(LONGEST)
     if len(data) > LONGEST:
@@ -323,7 +217,7 @@ class _Behind(io.RawIOBase):
         return len(data)
 
 
-def _csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+def read_csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
     csv.field_size_limit(LONGEST)
     reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", INVALID, newline=""))
     while True:
@@ -337,7 +231,7 @@ def _csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
         yield from _field(record, column, f"{name}:{reader.line_num}")
 
 
-def _parquet(name: str, path: Path, column: str) -> Iterator[Item]:
+def read_parquet(name: str, path: Path, column: str) -> Iterator[Item]:
     """A damaged row group leaves the others."""
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         kinds = {field.name: field.type for field in file.schema_arrow}
@@ -364,7 +258,7 @@ def _is_text(kind: pa.DataType | None) -> bool:
     return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
-def _rows(name: str, dataset: Any, column: str) -> Iterator[Item]:
+def read_rows(name: str, dataset: Any, column: str) -> Iterator[Item]:
     """Rows of a data set, streamed. Whatever error its reader has ends it, and is an item."""
     try:
         for number, row in enumerate(dataset, start=1):

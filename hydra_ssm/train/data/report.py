@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .documents import find_inputs
-from .prepare import SKIPPED, Batch, Settings, prepare_shards
+from .inputs import find_inputs
+from .pipeline import SKIPPED, Batch
+from .prepare import prepare_shards
+from .settings import Settings
 
 EVERY = 10.0  # seconds between lines where the output is no terminal
 DAMAGED = 5  # files that are named; the manifest has the others
