@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .mixer import MatrixMixer
+from .mixer import FLOAT32, MatrixMixer
 
-IN_FLOAT32 = (r"\.A_log$", r"\.dt_bias$", r"\.D$")  # patterns of names: half precision would move decays by percents
+IN_FLOAT32 = tuple(rf"\.{name}$" for name in FLOAT32)  # as patterns of full names
 
 
 @torch.no_grad()
