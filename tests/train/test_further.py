@@ -27,6 +27,7 @@ from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.prepare import prepare
 from hydra_ssm.train.pretrain import pretrain, resume
 from hydra_ssm.train.recipe import Recipe
+from hydra_ssm.train.start import Start
 from recipes import hydra_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model knows no more than word frequencies")
@@ -204,6 +205,31 @@ def test_a_model_without_a_tokenizer_takes_the_one_that_it_was_trained_with(
     for name, sources in zip(("text", "shards"), given, strict=True):
         assert_same(prepared(Recipe.of(**sources, **settings), tmp_path / name), weights(base))
         assert load_tokenizer(tmp_path / name / "tokenizer").get_vocab() == load_tokenizer(base).get_vocab()
+
+
+def test_a_model_has_a_vector_for_each_word_and_few_to_spare(tmp_path: Path) -> None:
+    """A vocabulary is padded up to a multiple of 128 at most."""
+    HydraForMaskedLM(preset("hydra-tiny", num_hidden_layers=1, vocab_size=200)).save_pretrained(tmp_path)
+    special, path = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], tmp_path / "words"
+    words = {}
+    for count in (72, 73, 200, 201):
+        path.write_text("\n".join([*special, *map(str, range(count - 5))]), encoding="utf-8")
+        words[count] = load_tokenizer(path)
+    start = Start(str(tmp_path), None, 0)
+    assert start.words is None
+    for count in (73, 200):
+        assert start.tokenizer(words[count], "it", "") is words[count]
+    for count in (72, 201):
+        with pytest.raises(UserError, match=f"it must have the words of the model in .*, about 200, it has {count}"):
+            start.tokenizer(words[count], "it", "")
+    for count in (73, 200, 201):
+        words[count].save_pretrained(tmp_path)
+        start = Start(str(tmp_path), None, 0)
+        if count <= 200:
+            assert start.tokenizer(None, "it", "").get_vocab() == words[count].get_vocab()
+            continue
+        with pytest.raises(UserError, match=r"the tokenizer in .* must have 200 words at most, it has 201"):
+            start.tokenizer(None, "it", "")
 
 
 def test_a_name_on_the_hub_is_a_model_too(
