@@ -199,6 +199,22 @@ def test_required_extras_are_declared() -> None:
                 assert ast.literal_eval(extra) in declared, f"{path}:{node.lineno}: no extra {ast.unparse(extra)}"
 
 
+PACKAGES = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}
+NOBODYS = {"_typeshed", "fla", "mamba_ssm"}  # types alone, and what is measured where it is installed
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """Not left to what others bring. In whichever extra: what a command needs, it asks for by the extra's name."""
+    project = pyproject()["project"]
+    declared = sum(project["optional-dependencies"].values(), project["dependencies"])
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in declared}  # type: ignore[index]
+    for path in sources():
+        for line, module in imported_modules(path):
+            top = module.partition(".")[0]
+            if top not in {*sys.stdlib_module_names, *NOBODYS, "hydra_ssm"}:
+                assert PACKAGES.get(top, top) in names, f"{path}:{line}: {top} is not declared in pyproject.toml"
+
+
 # ------------------------------------------------------------------------------------- files that describe the others
 
 
