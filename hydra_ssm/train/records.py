@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import whole_file
+from .checkpoints import UNFINISHED, whole_file
+from .errors import UserError
 
 Record = dict[str, Any]
 
@@ -20,16 +21,23 @@ def write_json(path: Path, found: Any, **form: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What such a file holds; None where there is none."""
+    """What such a file holds; None where there is none. Raises UserError where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and what it tells of is done again") from error
+
+
+def record_files(folder: Path) -> list[Path]:
+    """Those of a folder, by their names, but for what a killed process has not finished."""
+    return sorted(file for file in folder.glob("*.json") if not file.name.startswith(UNFINISHED))
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All that lie in a folder, by their names."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    """All that lie in a folder, by their names. Raises UserError where one is damaged."""
+    return [read_json(file) for file in record_files(folder)]
 
 
 def write_report(report: Record, path: Path) -> None:

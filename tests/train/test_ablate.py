@@ -34,6 +34,7 @@ from hydra_ssm.train.ablation.data import Data
 from hydra_ssm.train.ablation.models import TOLERANCE, choose, config, heads, parameters, state
 from hydra_ssm.train.ablation.run import Key
 from hydra_ssm.train.batches import Batch, Batches
+from hydra_ssm.train.checkpoints import UNFINISHED
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.loop import Clock
 from hydra_ssm.train.plans import read_plan
@@ -582,6 +583,7 @@ def test_a_record_that_is_none_is_named(done: tuple[Path, dict, list[str]], tmp_
         out = tmp_path / str(number)
         shutil.copytree(done[0], out)
         (out / "runs" / f"{name}.json").write_text(content, encoding="utf-8")
+        (out / "runs" / f"{UNFINISHED}toeplitz-seed-1.json").write_text("{", encoding="utf-8")  # a kill's: no record
         with pytest.raises(UserError, match=f"{name}.json must be the record of a run, it is something else or"):
             ablate(out=out, **ONE, say=quiet)
 

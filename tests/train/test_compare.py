@@ -20,6 +20,7 @@ from hydra_ssm.text.collators import IGNORED, MaskedLMCollator
 from hydra_ssm.text.tokenizer import train_tokenizer
 from hydra_ssm.train import workers
 from hydra_ssm.train.batches import Batch, Batches
+from hydra_ssm.train.checkpoints import UNFINISHED
 from hydra_ssm.train.comparison import Plan, command, compare, prepare
 from hydra_ssm.train.comparison.baseline import FREQUENCIES, PLACE, without_context
 from hydra_ssm.train.comparison.data import Data, plainly
@@ -282,6 +283,7 @@ def tried(least: dict[tuple[str, str], float], plan: Plan = GRID) -> list[dict[s
     """The records of all runs that are wanted, where each model and norm is best at the rate of `least`, else at 2."""
     records: list[dict[str, Any]] = []
     while runs := next_runs(plan, records):
+        assert len(records) < 100
         for run in runs:
             loss = abs(math.log2(run.rate / least.get((run.model, run.norm), 2.0)))
             records.append(record(run.model, run.norm, run.rate, loss))
@@ -513,6 +515,18 @@ def test_several_gpus_have_a_run_each_and_find_what_one_finds(
     for a, b in zip(one["runs"], two["runs"], strict=True):
         assert (a["name"], a["training"], a["losses"]) == (b["name"], b["training"], b["losses"])
     _check_tuning(one, "\n".join(_figures().rates(one)))
+
+
+def test_a_record_that_a_kill_left_half_written_is_none_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    for name, text in (("one", '{"name": "one"}'), (f"{UNFINISHED}two", '{"name'), (f"{UNFINISHED}one", "{}")):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"{name}.json").write_text(text, encoding="utf-8")
+    assert [record["name"] for record in all_finished(tmp_path)] == ["one"]
+    (tmp_path / "runs" / "three.json").write_text('{"name', encoding="utf-8")
+    with pytest.raises(UserError, match=r"three.json is damaged \(Unterminated string.*: remove it, and what it tells"):
+        all_finished(tmp_path)
+    with pytest.raises(UserError, match=r"three.json is damaged"):
+        finished(tmp_path, "three")
 
 
 def test_records_of_an_earlier_version_are_of_post_norm(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ...text.messages import quiet
 from ..errors import Interrupted, UserError
 from ..plans import NAME, alone, check_plan, read_plan, write_plan
-from ..records import write_report
+from ..records import record_files, write_report
 from ..workers import Say, speak, usual_jobs
 from . import data as store
 from .jobs import run_all
@@ -124,7 +124,7 @@ def _plan(
 
 def _kept(folder: Path) -> list[Key]:
     """The runs that are finished already, chosen or not."""
-    records = [read(file) for file in sorted((folder / RUNS).glob("*.json"))]
+    records = [read(file) for file in record_files(folder / RUNS)]
     return [Key(record["row"], record["seed"]) for record in records]
 
 
