@@ -25,15 +25,18 @@ from timm.task import ClassificationTask
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
 from hydra_ssm.train.image import evaluation, progress, training
+from hydra_ssm.train.image import run as running
 from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
 from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
+from hydra_ssm.train.image.processes import Processes
 from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
 from hydra_ssm.train.image.result import create, load
+from hydra_ssm.train.image.run import Run
 from hydra_ssm.train.image.sources import Part, open_held_out, open_parts
 from hydra_ssm.train.image.sources.folders import Folder
-from hydra_ssm.train.image.training import Run, resume, train
+from hydra_ssm.train.image.training import resume, train
 from hydra_ssm.vision.pictures import Unreadable, open_picture
 
 COLOURS = {"blue": (40, 60, 220), "green": (30, 200, 70), "red": (220, 40, 50)}
@@ -452,7 +455,7 @@ def test_a_batch_must_divide_among_the_processes_of_a_resumed_run_too(flowers, t
     monkeypatch.setattr(Shown, "step", lambda self, done: signal.raise_signal(signal.SIGTERM) if done == 3 else None)
     with pytest.raises(Stopped):
         train(ImageRecipe.of(data=str(flowers), **TINY), tmp_path)
-    monkeypatch.setattr(training, "processes", lambda: nullcontext((0, 3, torch.device("cpu"))))
+    monkeypatch.setattr(training, "processes", lambda: nullcontext(Processes(0, 3, torch.device("cpu"))))
     with pytest.raises(UserError, match="batch_size = 8 in accumulate = 1 parts must divide among 3 processes"):
         resume(tmp_path)
 
@@ -472,7 +475,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_bits(flowers, 
 
 def test_a_run_that_is_told_to_stop_while_it_evaluates_does_so_at_once(flowers, tmp_path, monkeypatch):
     recipe = ImageRecipe.of(data=str(flowers), **TINY)
-    monkeypatch.setattr(training, "score", partial(evaluation.score, batch_size=1))
+    monkeypatch.setattr(running, "score", partial(evaluation.score, batch_size=1))
     train(recipe, tmp_path / "whole")
     sums, seen = evaluation._sums, []
 
@@ -494,7 +497,7 @@ def test_a_run_that_is_told_to_stop_while_it_evaluates_does_so_at_once(flowers, 
 
 def test_what_fails_after_the_last_step_loses_no_step(flowers, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda run, baseline: 1 / 0)
+        patch.setattr(running, "finish", lambda run, baseline: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(ImageRecipe.of(data=str(flowers), **TINY, save_every=3), tmp_path)
     monkeypatch.setattr(Run, "_step", lambda self, batch: 1 / 0)
@@ -610,7 +613,7 @@ def test_the_recipe_is_the_papers(flowers, tmp_path):
     out = tmp_path / "out"
     train(ImageRecipe.of(data=str(flowers), **{**settings, "epochs": 1}), out)
     (out / "training" / "recipe.json").write_text(ImageRecipe.of(data=str(flowers), **settings).to_json())
-    run = Run(ImageFolder(out), 0, 1, torch.device("cpu"))
+    run = Run(ImageFolder(out), Processes(0, 1, torch.device("cpu")))
     steps, warm = run.order.steps * 20, run.order.steps * 2
     for step in (0, 1, warm, steps // 2, steps - 1):
         run.schedule.step_update(step)

@@ -12,7 +12,7 @@ from .result import AVERAGED, RAW, save
 from .sources import Digits
 
 if TYPE_CHECKING:
-    from .training import Run
+    from .run import Run
 
 EXAMPLES = 20  # held-out digits that are saved to be looked at
 CARD = """\

@@ -17,17 +17,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ....bench.machine import device_name
-from ...checkpoints import newest_whole, remove, remove_old, remove_unfinished, whole_folder
+from ...checkpoints import newest_whole, remove, remove_unfinished
 from ...plans import read_plan
 from ...records import Record, read_json, write_json
 from ...replay import replayed
 from ...workers import Say, Until
+from ..state import load_state, save_state
 from .augment import Random, augmented, normalized
 from .data import Data
 from .models import build
 from .plan import Job, Plan
 
-RUNS, STATE = "runs", "state.pt"
+RUNS = "runs"
 SAVE_AFTER = 90.0  # seconds
 TOGETHER = 1000  # pictures that are evaluated at once
 
@@ -165,23 +166,15 @@ class Run:
         return found
 
     def save(self, folder: Path) -> None:
-        state = {
-            "model": self.model.state_dict(), "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "epoch": self.epoch, "curve": self.curve,
-            "seconds": self.seconds,
-        }  # fmt: skip
-        with whole_folder(folder / f"checkpoint-{self.epoch}") as part:
-            torch.save(state, part / STATE)
-        remove_old(folder)
+        save_state(
+            folder, self.epoch, self.model, self.ema, self.optimizer,
+            epoch=self.epoch, curve=self.curve, seconds=self.seconds,
+        )  # fmt: skip
 
     def load(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            return
-        state = torch.load(checkpoint / STATE, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.curve, self.seconds = state["epoch"], state["curve"], state["seconds"]
+        if checkpoint is not None:
+            progress = load_state(checkpoint, self.device, self.model, self.ema, self.optimizer)
+            self.epoch, self.curve, self.seconds = (progress[name] for name in ("epoch", "curve", "seconds"))
 
     def record(self) -> Record:
         """What is to be kept."""
