@@ -148,21 +148,28 @@ class MatrixMixer(nn.Module):
             cu_seqlens: (documents + 1,) offsets of documents packed in one row, B = 1. None reads another.
             documents: instead of both, where u is already in one of the forms of `Documents`, as a stack keeps it.
         """
-        check_input(u, self.d_model)
-        if documents is None:
-            return per_document(self._mix, u, mask, cu_seqlens)
-        if mask is not None or cu_seqlens is not None:
-            raise ValueError("documents must come without mask and cu_seqlens: they say the same")
-        return self._mix(u, documents)
+        self._check(u, mask, cu_seqlens, documents)
+        return per_document(self._mix, u, mask, cu_seqlens) if documents is None else self._mix(u, documents)
 
-    def matrix(self, u: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> StructuredMatrix:
-        """The matrix that `forward` mixes u with: `.dense()` is (B, H, L, L), differentiable."""
-        check_input(u, self.d_model)
+    def matrix(
+        self,
+        u: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        documents: Documents | None = None,
+    ) -> StructuredMatrix:
+        """The matrix that `forward` mixes u with: `.dense()` is (B, H, L, L), differentiable. Arguments as there."""
+        self._check(u, mask, cu_seqlens, documents)
         place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
         if place is None:
-            return self._matrix(self._inputs(self.in_proj(u), None)[1])
-        inner = self._inputs(self.in_proj(place.take(u)), place.documents)[1]
-        return Placed(None, (self._matrix(inner),), (place,))
+            return self._matrix(self._inputs(self.in_proj(u), documents)[1])
+        return Placed(None, (self.matrix(place.take(u), documents=place.documents),), (place,))
+
+    def _check(self, u: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, documents: Documents | None) -> None:
+        check_input(u, self.d_model)
+        if documents is not None and not (mask is None and cu_seqlens is None):
+            raise ValueError("documents must come without mask and cu_seqlens: they say the same")
 
     def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
         projected = self.in_proj(u)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hydra_ssm import MATRICES, Encoder, MatrixMixer
+from hydra_ssm.inspection import mixing_matrices
 from hydra_ssm.ops import gated_rms_norm, layout, rows, short_conv
 
 FORMS = [(name, dd) for name, c in MATRICES.items() for dd in (True, False) if (c.data_dependent if dd else c.fixed)]
@@ -170,6 +171,20 @@ def test_a_row_without_a_token_gives_zero_and_finite_gradients(name, data_depend
     )
     assert y[1].abs().max() == 0
     assert all(t.isfinite().all() for t in (y, du, *dp))
+
+
+@forms
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_without_a_token_gives_zero_and_no_gradient(name, data_dependent, packed):
+    """Also one longer than what a fixed mixer takes."""
+    m, u, mask = mixer(name, data_dependent), torch.full((1, 50, 16), NAN).double(), torch.zeros(1, 50).bool()
+    where = {"mask": mask, "cu_seqlens": torch.tensor([0, 20, 50]) if packed else None}
+    y, du, dp = run(m, u, torch.ones_like(u), **where)
+    assert all(t.isfinite().all() and not t.any() for t in (y, du, *dp))
+    if name != "mult":
+        assert not m.matrix(u, **where).dense().any()
+        empty = [M.shape[-2:] for M in mixing_matrices(m, u, **where)[0].matrices]
+        assert empty == [(0, 0)] * (2 if packed else 1)
 
 
 def test_a_stack_of_different_mixers_is_exact():

@@ -126,11 +126,9 @@ def _matrices(
     place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
     if place is not None:
         u, documents = place.take(u), place.documents
+    M = look(mixer.matrix(u, documents=documents)).dense()
     if documents is None:
-        return look(mixer.matrix(u)).dense().unbind()
+        return M.unbind()
     if documents.cu_seqlens is None:
-        M = look(mixer.matrix(u, documents.valid)).dense()
         return tuple(own[:, :n, :n] for own, n in zip(M, documents.lengths, strict=True))
-    offsets = documents.cu_seqlens.tolist()
-    M = look(mixer.matrix(u[:, : offsets[-1]], cu_seqlens=documents.cu_seqlens)).dense()[0]
-    return tuple(M[:, start:end, start:end] for start, end in pairwise(offsets))
+    return tuple(M[0, :, start:end, start:end] for start, end in pairwise(documents.cu_seqlens.tolist()))

@@ -152,7 +152,8 @@ def per_document(
 def rows(documents: Documents) -> list[Layout]:
     """Layouts that give each document a row of its own, documents of like lengths together.
 
-    A layout holds those between two powers of two, so that less than half of it is padding.
+    A layout holds those between two powers of two, so that less than half of it is padding. Where no document has a
+    token, one row of padding stands for all.
     """
     batch, width = documents.ids.shape
     lengths = documents.lengths
@@ -161,6 +162,7 @@ def rows(documents: Documents) -> list[Layout]:
     for number, length in enumerate(lengths):
         if length:
             buckets.setdefault((length - 1).bit_length(), []).append(number)
+    buckets = buckets or {0: [0]}
     return [
         _bucket(documents, torch.tensor([starts[n] for n in own]), torch.tensor([lengths[n] for n in own]))
         for own in buckets.values()
@@ -169,7 +171,7 @@ def rows(documents: Documents) -> list[Layout]:
 
 def _bucket(documents: Documents, start: Tensor, length: Tensor) -> Layout:
     batch, width = documents.ids.shape
-    longest, device = int(length.max()), documents.ids.device
+    longest, device = max(1, int(length.max())), documents.ids.device
     start, length, place = start.to(device), length.to(device), torch.arange(longest, device=device)
     inside = place < length[:, None]
     source = torch.where(inside, start[:, None] + place, 0)
