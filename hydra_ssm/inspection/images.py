@@ -103,13 +103,14 @@ def inspect_picture(
         seen = mixing_matrices(loaded.model, pixels, layers=layers, heads=heads)
         check_finite(seen, folder)
         found = over_patches(loaded.model, pixels, with_factors(seen))
-        probabilities = loaded.model(pixels)[0].softmax(-1)
+        logits = loaded.model(pixels)[0]
     prefix = int(getattr(loaded.model, "num_prefix_tokens", 0))
     tokens = [f"token {i}" for i in range(prefix)] + [f"{r},{c}" for r in range(grid[0]) for c in range(grid[1])]
     held, shown = that_fit(found, fits(len(tokens)), heads is not None), overview(found, layers is None, heads is None)
     drawn = overview(found, layers is None, False)
     features = feature_maps(loaded.model, pixels, sorted({mixing.layer for mixing in drawn}))
-    answer = _answer(probabilities, loaded.classes)
+    named = logits.ndim == 1 and getattr(loaded.model, "num_classes", 1) != 0
+    answer = _answer(logits.softmax(-1), loaded.classes) if named else "no classes"
     summary = f"{grid[0]} x {grid[1]} patches: {answer}\n\n{table(seen)}"
     out.mkdir(parents=True, exist_ok=True)
     save(draw(shown, tokens), out / PNG)

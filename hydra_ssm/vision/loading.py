@@ -37,17 +37,23 @@ def load_image_model(folder: Path) -> PictureModel:
     """The model of a folder, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is none, it cannot be read, or it is not of grey or coloured pictures.
     """
     found = _config(folder)
     try:
         if "architecture" in found:
-            return _of_timm(folder, found)
+            return _drawable(_of_timm(folder, found), folder)
         if found.get("model_type") == "hydra_ssm_vit":
-            return _of_transformers(folder)
+            return _drawable(_of_transformers(folder), folder)
     except (KeyError, TypeError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"the image model in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
     raise ValueError(f"{folder} must hold an image model: what timm or transformers save, with {CONFIG}")
+
+
+def _drawable(loaded: PictureModel, folder: Path) -> PictureModel:
+    if loaded.channels not in (1, 3):
+        raise ValueError(f"the model in {folder} must be of pictures of 1 or 3 channels, it is of {loaded.channels}")
+    return loaded
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -124,6 +124,15 @@ def test_the_command_takes_models_of_transformers(tmp_path, picture, capsys):
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["maps.png", "matrices.html", "matrices.png"]
 
 
+@pytest.mark.parametrize("options", [{"global_pool": ""}, {"num_classes": 0}])
+def test_a_model_that_names_no_classes_is_drawn_as_well(options, tmp_path, picture, capsys):
+    arguments = {**SMALL, **options}
+    model = timm.create_model("vit_hydra_tiny_patch4_32", **arguments)
+    timm.models.save_for_hf(model, tmp_path / "model", model_args=arguments)
+    assert main(["inspect", str(tmp_path / "model"), str(picture), "--out", str(tmp_path / "drawn")]) == 0
+    assert "4 x 4 patches: no classes" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(folder, picture, tmp_path, capsys):
     def told(*arguments):
         assert main(["inspect", *map(str, arguments)]) == 2
@@ -136,6 +145,9 @@ def test_mistakes_are_one_line(folder, picture, tmp_path, capsys):
     assert "No such file" in told(folder, tmp_path / "none.jpg")
     (tmp_path / "text.jpg").write_text("words", encoding="utf-8")
     assert "the file holds no picture of a known kind" in told(folder, tmp_path / "text.jpg")
+    four = {**SMALL, "in_chans": 4}
+    timm.models.save_for_hf(timm.create_model("vit_hydra_tiny_patch4_32", **four), tmp_path / "four", model_args=four)
+    assert "must be of pictures of 1 or 3 channels, it is of 4" in told(tmp_path / "four", picture)
     assert "layers must be numbers from 0 to 1, got 7" in told(folder, picture, "--layers", "7")
     assert "--patches are of pictures" in told(tmp_path, "A sentence.", "--patches", "1,1")
     (folder / "pytorch_model.bin").unlink()
