@@ -111,8 +111,9 @@ def _write(folder: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerBas
 def _check_rows(
     rows: PackedRows | ShardRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, held_out: bool
 ) -> None:
+    if len(rows.tokens):  # of words that are not known, more would not help
+        check_known(rows.tokens, tokenizer)
     _check_enough(rows, recipe, held_out)
-    check_known(rows.tokens, tokenizer)
 
 
 def _open_rows(folder: Path, check: bool) -> dict[str, PackedRows | ShardRows]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,17 @@ class Corpus:
 def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: str = TEXT_COLUMN) -> Corpus:
     """The corpus of these files, folders and data set names; of none, Python's language reference.
 
-    Raises UserError where one does not exist, or holds no text that can be read, or is both trained on and held out.
+    Raises UserError where one does not exist, or holds no text that can be read, or is in two, or is both trained on
+    and held out.
     """
     kept = [open_source(source, column) for source in held_out]
     train = [open_source(source, column) for source in sources]
-    if twice := _names(sources, train) & _names(held_out, kept):
-        raise UserError(f"what is held out must not be trained on, {min(twice)} is in both")
+    known = _names(sources, train), _names(held_out, kept)
+    for found in known:
+        if twice := [name for name, times in found.items() if times > 1]:
+            raise UserError(f"each source must be given once, {min(twice)} is in two: a copy could be held out")
+    if both := known[0].keys() & known[1].keys():
+        raise UserError(f"what is held out must not be trained on, {min(both)} is in both")
     if column != TEXT_COLUMN and not any(isinstance(texts, Column) for texts in train + kept):
         raise UserError(f"a column must be of a data set, there is none to take {column} from")
     if not sources:
@@ -101,12 +107,12 @@ def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: st
     return Corpus(train, kept)
 
 
-def _names(sources: Sequence[str], opened: Sequence[Texts]) -> set[str]:
-    """The full paths of text files and of what holds data sets, or the names of these."""
-    found: set[str] = set()
+def _names(sources: Sequence[str], opened: Sequence[Texts]) -> Counter[str]:
+    """In how many sources are the text files and data sets, by their full paths or, of data sets, perhaps names."""
+    found = Counter[str]()
     for source, texts in zip(sources, opened, strict=True):
         paths = texts.paths if isinstance(texts, Files) else [Path(source).expanduser()]
-        found |= {str(path.resolve()) if path.exists() else source for path in paths}
+        found.update({str(path.resolve()) if path.exists() else source for path in paths})
     return found
 
 
@@ -225,11 +231,17 @@ def _column(dataset: Any, column: str, source: str) -> Column:
     if feature is None or getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise UserError(
             f"the data set {source} must have a column of texts named {column}, it has "
-            f"{', '.join(dataset.column_names)}: choose one with --column"
+            f"{', '.join(f'{name} ({_type_of(kind)})' for name, kind in dataset.features.items())}: choose one with "
+            "--column"
         )
     if not len(dataset):
         raise UserError(f"the data set {source} must hold text, it is empty")
     return Column(dataset, column)
+
+
+def _type_of(feature: Any) -> str:
+    """Of a column, as string or List."""
+    return getattr(feature, "dtype", None) or type(feature).__name__
 
 
 def _line_end(text: str, place: int) -> int:

@@ -381,6 +381,8 @@ def test_norm_and_rate_are_those_of_the_least_loss_on_books() -> None:
             r["losses"] = {"books": -1.0, "wikitext": 9.0}
     assert choices(GRID, records) == {"hydra": Choice("pre", 4.0), "bert": Choice("post", 1.0)}
     assert best(records, "hydra", ("post",)) == Choice("post", 2.0)
+    alike = [record("bert", norm, rate, 3.0) for rate in (2.0, 1.0) for norm in NORMS]
+    assert best(alike, "bert", NORMS) == best(alike[::-1], "bert", NORMS) == Choice("post", 1.0)
 
 
 def test_a_best_rate_that_is_still_at_the_end_is_said() -> None:

@@ -776,6 +776,8 @@ def test_words_without_end_are_refused_with_the_way_out_that_the_page_shows(
     line = ["data", "prepare", "dna.txt", "--documents", "line", "--jobs", "1", "--out", "new", "--held-out", "0"]
     assert main(line) == 2
     assert "put spaces into words of more than 100 letters" in capsys.readouterr().err
+    assert main(["pretrain", "dna.txt", "--vocab-size", "120", "--out", "run"]) == 2  # more text would not help
+    assert "put spaces into words of more than 100 letters" in capsys.readouterr().err
     code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(code, {})
     assert main([*line, "--tokenizer", "letters", "--overwrite"]) == 0

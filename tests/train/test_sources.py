@@ -38,7 +38,7 @@ def test_a_data_set_gives_its_texts(kind: str, tmp_path: Path, monkeypatch: pyte
         path = path.with_suffix(f".{kind}")
         {"jsonl": data.to_json, "parquet": data.to_parquet, "csv": data.to_csv}[kind](path)
     assert list(open_source(str(path), "body")) == texts
-    with pytest.raises(ValueError, match=r"a column of texts named n, it has n, body: choose one with --column"):
+    with pytest.raises(ValueError, match=r"a column of texts named n, it has n \(int64\), body \(\w*string\): choose"):
         open_source(str(path), "n")
 
 
@@ -89,6 +89,17 @@ def test_what_is_held_out_by_the_user_is_not_trained_on(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
     corpus = open_corpus([str(tmp_path / "train.txt")], [str(tmp_path / "valid.txt")])
     assert list(corpus) == [(False, "train"), (True, "valid")]
+
+
+def test_no_text_is_given_twice(tmp_path: Path) -> None:
+    """Of two copies of a document one may be held out."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(name, encoding="utf-8")
+    folder, file = str(tmp_path / "texts"), str(tmp_path / "texts" / ".." / "texts" / "a.txt")
+    for train, held_out in (([folder, file], []), ([], [file, folder])):
+        with pytest.raises(ValueError, match=r"each source must be given once, .*texts/a.txt is in two"):
+            open_corpus(train, held_out)
 
 
 def test_a_data_set_is_not_trained_on_and_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
