@@ -210,8 +210,11 @@ class HydraViT(nn.Module):
         h = self.pos_drop(h)
         if self.condition_token is None:
             return h, grid
+        wanted = len(h), self.condition_token.in_features
         if condition is None:
-            condition = h.new_zeros(len(h), self.condition_token.in_features)
+            condition = h.new_zeros(wanted)
+        if tuple(condition.shape) != wanted:
+            raise ValueError(f"condition must be (batch, d_condition) = {wanted}, got {tuple(condition.shape)}")
         return torch.cat([self.condition_token(condition)[:, None], h], dim=1), grid
 
     def _encoded(self, h: Tensor, grid: Grid, condition: Tensor | None, states: Sequence[int] | None = None) -> Tensor:

@@ -448,4 +448,9 @@ def test_misfits_are_named():
         small(mixer=["hydra", "hydra"])
     with pytest.raises(ValueError, match=r"pictures must be \(batch, 3, height, width\), got \(2, 1, 16, 16\)"):
         small()(pictures(channels=1))
+    for condition in ("token", "modulation"):
+        model = small(d_condition=3, condition=condition)
+        for shape in ((2, 4), (1, 3), (3,)):
+            with pytest.raises(ValueError, match=r"condition must be .* = \(2, 3\), got"):
+                model(pictures(), torch.randn(shape))
     assert isinstance(small(DROP_IN), DropIn)
