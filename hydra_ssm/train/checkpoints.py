@@ -53,10 +53,11 @@ def _no_room(error: BaseException, folder: Path) -> str:
 
     torch and safetensors have errors of their own for it.
     """
-    number, said = getattr(error, "errno", None), str(error)
-    if not isinstance(error, Exception) or not folder.exists():
+    if not isinstance(error, Exception):
         return ""
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or shutil.disk_usage(folder).free < 1 << 20:
+    number, said = getattr(error, "errno", None), str(error)
+    full = folder.exists() and shutil.disk_usage(folder).free < 1 << 20
+    if full or number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said:
         return "the disk is full"
     if number == errno.EFBIG or "File too large" in said or "inline_container" in said:  # the last is torch's
         return "a file may not be as large as it has to be (ulimit -f), or the disk fails"
