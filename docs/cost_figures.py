@@ -1,6 +1,6 @@
 """Put measured costs into docs/matrices.md: a table for each file that `hydra-ssm bench --matrices --json` wrote.
 
-python docs/cost_figures.py results/matrices-cpu.json
+python docs/cost_figures.py [FILE ...], by default those of results/: tables of files that are not named go.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 from hydra_ssm.bench.growth import SLACK, Growth, Point
 
 PAGE = Path(__file__).parent / "matrices.md"
+KEPT = [PAGE.parent.parent / "results" / f"matrices-{device}.json" for device in ("cpu", "gpu")]
 BEGIN, END = "<!-- costs: docs/cost_figures.py writes what follows -->", "<!-- end of costs -->"
 
 
 def main(*files: str) -> None:
-    lines = [line for file in files for line in table(json.loads(Path(file).read_text(encoding="utf-8")))]
+    lines = [line for file in files or KEPT for line in table(json.loads(Path(file).read_text(encoding="utf-8")))]
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
