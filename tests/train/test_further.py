@@ -227,6 +227,9 @@ def test_a_model_has_a_vector_for_each_word_and_few_to_spare(tmp_path: Path) -> 
         start = Start(str(tmp_path), None, 0)
         if count <= 200:
             assert start.tokenizer(None, "it", "").get_vocab() == words[count].get_vocab()
+            path.write_text("\n".join([*special, *(f"w{i}" for i in range(count - 5))]), encoding="utf-8")  # as many
+            with pytest.raises(UserError, match=r"it must have the words of the tokenizer in .*, it has others: so"):
+                start.tokenizer(load_tokenizer(path), "it", "so")
             continue
         with pytest.raises(UserError, match=r"the tokenizer in .* must have 200 words at most, it has 201"):
             start.tokenizer(None, "it", "")
