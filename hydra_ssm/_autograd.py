@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -23,7 +24,14 @@ def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def exact(ctx: Any, grad: torch.Tensor) -> Any:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             return backward(ctx, grad)
 
     return exact
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, operations keep the dtypes that they are given."""
+    kind = device.type  # torch's own context takes as long as a launch or two, and knows no meta device
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

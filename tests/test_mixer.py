@@ -191,6 +191,15 @@ def test_torch_func_gives_each_example_its_gradient_and_gradients_of_gradients(n
     torch.testing.assert_close(curvature, (ahead - behind) / (2 * step), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_training_step_has_its_shapes_on_the_meta_device(name):
+    """Where tools count operations and memory without doing them."""
+    m, u = MatrixMixer(16, name, device="meta", **SMALL), torch.randn(2, 9, 16, device="meta", requires_grad=True)
+    mask = torch.ones(2, 9, dtype=torch.bool, device="meta")
+    m(u, mask).sum().backward()
+    assert u.grad.shape == u.shape
+
+
 def test_a_module_from_the_meta_device_can_be_drawn_anew():
     m = MatrixMixer(16, "attention", data_dependent=False, max_length=20, device="meta", **SMALL)
     hydra = Hydra(512, headdim=8, device="meta")

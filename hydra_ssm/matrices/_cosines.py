@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import closed_form
+from .._autograd import closed_form, without_autocast
 from ._parts import parts
 from .fusion import fusible
 
@@ -64,7 +64,7 @@ class _Cosines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, x: Tensor, half: Tensor, E: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, x, half, E)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             moments, state = E.mT @ x, x.new_zeros(x.shape[0], len(half), x.shape[2])
             y = torch.empty_like(x)
             for n, tokens in parts(x, q.shape[2] * len(half)):

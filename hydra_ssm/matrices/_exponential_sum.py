@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import closed_form
+from .._autograd import closed_form, without_autocast
 from ._parts import AT_ONCE, cuts, on_cpu, parts
 from ._precision import at_least_float32
 from .fusion import fusible
@@ -35,7 +35,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, beta: Tensor, scale: Tensor, s: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(alpha, beta, scale, s, x)
         y = at_least_float32(torch.zeros_like(x))  # several d may add to it
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for n, terms, tokens in _parts(alpha, x, s):
                 factor = partial(_factor, scale[n, terms], s, x.dtype)
                 state = _added(factor(beta[n, terms, t]) @ x[n, t] for t in tokens).to(x.dtype)

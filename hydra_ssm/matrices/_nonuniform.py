@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autograd import closed_form
+from .._autograd import closed_form, without_autocast
 from ._cosines import cosines, rank
 from ._fft import fast_length
 from ._parts import AT_ONCE, IN_CACHE, on_cpu
@@ -105,7 +105,7 @@ class _AnyCosines(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, rows, columns, x)
         ctx.turns, ctx.grid = turns, grid
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             heights, y = grid.values(x), []
             spread = torch.zeros_like(heights)
             for of_q, of_k, (here,) in _blocks(q, k, rows, columns, turns, grid, x):

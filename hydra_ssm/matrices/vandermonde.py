@@ -84,6 +84,7 @@ def _static(x: Tensor) -> bool:
 
     Graphs are captured on another stream than the default one, and run there before, so that libraries are prepared.
     """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):  # torch 2.11 traces M @ x without saying so
+    traced = torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter)  # torch 2.11 does not say so of M @ x
+    if traced or x.is_meta:
         return True
     return x.is_cuda and torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device)

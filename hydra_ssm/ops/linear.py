@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .._autograd import without_autocast
 
 
 def last_linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,12 +28,6 @@ def is_spent(gradient: Tensor) -> bool:
     """Whether this gradient lies where `last_linear` put it, alone in its memory, which may be given back."""
     whole = gradient.untyped_storage().nbytes() == gradient.nbytes
     return whole and bool(getattr(gradient, "spent", False))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, operations keep the dtypes that they are given."""
-    kind = device.type  # torch's own context takes as long as a launch or two: it is left out where nothing is on
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class _Last(torch.autograd.Function):
