@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,8 @@ def test_what_diverged_is_worse_than_all_else() -> None:
         choices(GRID, records)
     lost = [record("bert", "post", rate, None) for rate in (1.0, 2.0, 4.0)]
     assert [run.rate for run in next_runs(GRID, lost) if (run.model, run.norm) == ("bert", "post")] == [0.5]
+    lost += [record("bert", "post", rate, None) for rate in (0.5, 0.25)]
+    assert not edges(replace(GRID, norms=("post",)), lost)
 
 
 def test_a_single_rate_is_not_tuned() -> None:

@@ -21,10 +21,10 @@ SPECIAL = torch.tensor(TOKENIZER.all_special_ids)
 
 @st.composite
 def some_rows(draw: st.DrawFn) -> list[Row]:
-    """Rows of documents, special tokens among them."""
+    """Rows of documents, special tokens among them, or no others, as of words that are all unknown."""
     lengths = draw(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4))
-    random = np.random.default_rng(draw(st.integers(0, 1000)))
-    return [Row(random.integers(0, len(TOKENIZER), sum(row)), np.array(row), (7, i)) for i, row in enumerate(lengths)]
+    random, most = np.random.default_rng(draw(st.integers(0, 1000))), draw(st.sampled_from([len(TOKENIZER), 5]))
+    return [Row(random.integers(0, most, sum(row)), np.array(row), (7, i)) for i, row in enumerate(lengths)]
 
 
 @given(some_rows(), st.floats(0.01, 1.0))
