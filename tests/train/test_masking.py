@@ -72,6 +72,19 @@ def test_the_masks_of_a_row_do_not_depend_on_its_batch(rows: list[Row]) -> None:
         assert torch.equal(together[name], torch.cat([batch[name] for batch in alone], dim=1))
 
 
+def test_masks_of_the_same_key_are_the_same_and_of_others_independent() -> None:
+    n, rate = 20_000, 0.3
+    tokens, collator = np.random.default_rng(0).integers(5, len(TOKENIZER), n), MaskedLMCollator(TOKENIZER, rate)
+    found = {key: collator.mask(Row(tokens, np.array([n]), key)) for key in ((0, 0), (0, 1), (1, 0), (1, 1), (2,))}
+    for key, (inputs, labels) in found.items():
+        again = collator.mask(Row(tokens, np.array([n]), key))
+        assert np.array_equal(again[0], inputs)
+        assert np.array_equal(again[1], labels)
+        for other in found.keys() - {key}:
+            both = (labels != IGNORED) & (found[other][1] != IGNORED)
+            assert both.mean() == pytest.approx(rate * rate, abs=0.01)
+
+
 def test_a_run_sees_every_row_once_a_pass_in_a_new_order_with_new_masks(tmp_path) -> None:
     rows = PackedRows.write(tmp_path / "rows", [[2, 5 + i, 3] for i in range(40)], 3)
     order = TrainingRows(rows, 80, seed=1)
@@ -79,6 +92,7 @@ def test_a_run_sees_every_row_once_a_pass_in_a_new_order_with_new_masks(tmp_path
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(5, 45))
     assert passes[0] != passes[1]
     assert len({order[i].key for i in range(80)}) == 80
+    assert not {order[i].key for i in range(80)} & {TrainingRows(rows, 80, seed=2)[i].key for i in range(80)}
     again = TrainingRows(rows, 80, seed=1)
     assert [again[i].tokens[1] for i in (79, 3)] == [order[i].tokens[1] for i in (79, 3)]  # whatever was asked before
 
