@@ -28,6 +28,12 @@ def test_every_piece_is_in_one_row_that_has_room_for_it(case: tuple[int, list[in
     assert sum(2 * u <= capacity for u in used) <= 1  # two half empty rows would be one
 
 
+def test_a_piece_goes_where_the_least_room_is_left_the_longest_first() -> None:
+    assert pack([3, 6, 7], 10) == [[2, 0], [1]]  # and not beside the 6
+    assert pack([4, 5, 8, 2, 1], 10) == [[2, 3], [1, 0, 4]]
+    assert pack([2, 2, 10, 2], 10) == [[2], [0, 1, 3]]  # of equal ones the first
+
+
 @given(DOCUMENTS, st.integers(3, 30))
 def test_the_pieces_of_a_document_are_its_tokens(documents: list[str], length: int) -> None:
     found = list(pieces(documents, TOKENIZER, length))
