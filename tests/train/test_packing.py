@@ -53,10 +53,12 @@ def test_a_long_document_is_tokenized_in_parts_with_the_same_result(monkeypatch:
     assert list(pieces([sentences(50)], TOKENIZER, 16)) == whole
 
 
-@given(DOCUMENTS, st.integers(3, 30))
-def test_rows_on_disk_hold_the_pieces(documents: list[str], length: int) -> None:
+@given(DOCUMENTS, st.integers(3, 30), st.integers(1, 9))
+def test_rows_on_disk_hold_the_pieces(documents: list[str], length: int, window: int) -> None:
+    """However many pieces are packed together."""
     found = list(pieces(documents, TOKENIZER, length))
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as change:
+        change.setattr(packing, "WINDOW", window)
         rows = PackedRows.write(Path(folder) / "rows", found, length)
         kept = Counter()
         for i in range(len(rows)):
