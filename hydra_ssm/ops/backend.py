@@ -29,6 +29,11 @@ def transforming() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def has_values() -> bool:
+    """Whether what tensors hold may decide: not while torch compiles, nor where one example stands for many."""
+    return not (torch.compiler.is_compiling() or transforming())
+
+
 def takes_triton(impl: str | None, x: Tensor, misfit: Callable[[], str | None]) -> bool:
     """Whether kernels compute what begins with x; misfit says what they need and do not get.
 

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from ..encoder import Encoder
 from ..mixer import MatrixMixer
 from ..ops import layout, zero_padding
+from ..ops.backend import has_values
 from ..pretrained import IN_FLOAT32, initialize_mixers
 from .config import HydraConfig
 
@@ -113,12 +114,12 @@ class HydraEmbeddings(nn.Module):
         most, place = self.position_embeddings.num_embeddings, position_ids
         if place is None:
             place = positions(words, mask, cu_seqlens)
-            if place.shape[-1] > most and not torch.compiler.is_compiling() and place.max() >= most:
+            if place.shape[-1] > most and has_values() and place.max() >= most:
                 longest = int(place.max()) + 1
                 raise ValueError(
                     f"documents must be at most max_position_embeddings = {most} tokens long, got {longest}"
                 )
-        elif not torch.compiler.is_compiling() and (place.min() < 0 or place.max() >= most):
+        elif has_values() and (place.min() < 0 or place.max() >= most):
             raise ValueError(
                 f"position_ids must be at least 0 and below max_position_embeddings = {most}, "
                 f"got {int(place.min())} to {int(place.max())}"
@@ -214,7 +215,7 @@ def _mask(attention_mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | Non
     if tuple(attention_mask.shape) != shape:
         raise ValueError(f"attention_mask must be (batch, length) = {shape}, got {tuple(attention_mask.shape)}")
     mask = attention_mask.bool()
-    if torch.compiler.is_compiling():
+    if not has_values():
         return mask
     if attention_mask.is_floating_point() and (least := attention_mask.min()) < 0:
         raise ValueError(f"attention_mask must be 1 for tokens and 0 for padding, got {least:g}: what adds to scores?")

@@ -81,6 +81,26 @@ def test_a_document_without_tokens_is_classified_from_zeros() -> None:
     torch.testing.assert_close(model(words(1, 4), torch.zeros(1, 4)).logits, empty[None])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of attention on a CPU
+@pytest.mark.parametrize("kind", ["hydra", "bert"])
+def test_torch_func_gives_the_gradients_of_each_row_at_once(kind: str) -> None:
+    model = HydraForMaskedLM(tiny(kind)).double().eval()
+    ids, mask = words(2, 9), torch.arange(9) < torch.tensor([[9], [5]])
+    labels = ids.where(mask, -100)
+
+    def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        inputs = {"input_ids": ids[None], "attention_mask": mask[None], "labels": labels[None]}
+        found: Tensor = torch.func.functional_call(model, parameters, (), inputs).loss
+        return found
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, ids, mask, labels)
+    for i in range(2):
+        own = loss(dict(model.named_parameters()), ids[i], mask[i], labels[i])
+        expected = torch.autograd.grad(own, list(model.parameters()), materialize_grads=True)
+        torch.testing.assert_close([found[name][i] for name in parameters], list(expected))
+
+
 def test_documents_beyond_the_learned_positions_are_refused_and_long_rows_are_not() -> None:
     model = HydraForMaskedLM(tiny("bert"))
     model(words(1, 24), cu_seqlens=torch.tensor([0, 12, 24]))
