@@ -42,18 +42,17 @@ def load_image_model(folder: Path) -> PictureModel:
     found = _config(folder)
     try:
         if "architecture" in found:
-            return _drawable(_of_timm(folder, found), folder)
+            return _of_timm(folder, found)
         if found.get("model_type") == "hydra_ssm_vit":
-            return _drawable(_of_transformers(folder), folder)
+            return _of_transformers(folder)
     except (KeyError, TypeError, RuntimeError, AssertionError, OSError) as error:
         raise ValueError(f"the image model in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
     raise ValueError(f"{folder} must hold an image model: what timm or transformers save, with {CONFIG}")
 
 
-def _drawable(loaded: PictureModel, folder: Path) -> PictureModel:
-    if loaded.channels not in (1, 3):
-        raise ValueError(f"the model in {folder} must be of pictures of 1 or 3 channels, it is of {loaded.channels}")
-    return loaded
+def _check_channels(channels: int, folder: Path) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"the model in {folder} must be of pictures of 1 or 3 channels, it is of {channels}")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -73,8 +72,16 @@ def _of_timm(folder: Path, found: dict[str, Any]) -> PictureModel:
         raise ValueError(f"{folder} must hold weights, {' or '.join(WEIGHTS)}")
     timm.models.load_checkpoint(model, str(weights))
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    data = resolve_data_config({k: described[k] for k in names if k in described}, model=model)
+    given = {k: described[k] for k in names if k in described}
+    patches = getattr(model, "patch_embed", None)
+    if patches is not None and not getattr(model, "dynamic_img_size", False):  # older timm describes the name's size
+        channels = patches.proj.in_channels
+        _check_channels(channels, folder)
+        given["input_size"] = (channels, *patches.img_size)
+        given |= {k: given[k][:channels] for k in ("mean", "std") if k in given}
+    data = resolve_data_config(given, model=model)
     channels = data["input_size"][0]
+    _check_channels(channels, folder)
     return PictureModel(
         model, create_transform(**data), channels, data["mean"], data["std"], described.get("label_names")
     )
@@ -93,6 +100,7 @@ def _of_transformers(folder: Path) -> PictureModel:
     def prepare(picture: Image.Image) -> Tensor:
         return processor(picture, return_tensors="pt")["pixel_values"][0]
 
+    _check_channels(whole.config.num_channels, folder)
     classes = [labels[i] for i in sorted(labels)]
     mean, std = processor.image_mean, processor.image_std
     return PictureModel(whole.vit, prepare, whole.config.num_channels, mean, std, classes)

@@ -124,7 +124,7 @@ def test_the_command_takes_models_of_transformers(tmp_path, picture, capsys):
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["maps.png", "matrices.html", "matrices.png"]
 
 
-@pytest.mark.parametrize("options", [{"global_pool": ""}, {"num_classes": 0}])
+@pytest.mark.parametrize("options", [{"global_pool": ""}, {"num_classes": 0, "in_chans": 1}])
 def test_a_model_that_names_no_classes_is_drawn_as_well(options, tmp_path, picture, capsys):
     arguments = {**SMALL, **options}
     model = timm.create_model("vit_hydra_tiny_patch4_32", **arguments)
