@@ -266,6 +266,10 @@ def insert(page: str, lines: list[str]) -> str:
 
 def main() -> None:
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS.parent / "results" / "comparison.json"
+    if not source.exists():
+        sys.exit(
+            f"{source} is not there: hydra-ssm compare writes it as comparison.json into the folder of a comparison"
+        )
     report = json.loads(source.read_text(encoding="utf-8"))
     PAGE.write_text(insert(PAGE.read_text(encoding="utf-8"), figures(report, DOCS / "pictures")), encoding="utf-8")
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..linear import is_spent, without_autocast
+from ..._autograd import without_autocast
+from ..linear import is_spent
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
