@@ -27,7 +27,7 @@ from hydra_ssm.cli import main
 from hydra_ssm.text.collators import MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import load_tokenizer, train_tokenizer
 from hydra_ssm.train.checkpoints import MANIFEST, UNFINISHED
-from hydra_ssm.train.data import documents, pipeline, prepare
+from hydra_ssm.train.data import documents, pipeline, prepare, shards
 from hydra_ssm.train.data.documents import document
 from hydra_ssm.train.data.inputs import Input
 from hydra_ssm.train.data.prepare import prepare_shards
@@ -411,6 +411,18 @@ def test_the_tokens_of_shards_are_one_sequence(sizes: list[int], start: int, sto
     whole = np.concatenate([np.empty(0, np.uint16), *parts])
     assert len(TokenSequence(parts)) == len(whole)
     assert TokenSequence(parts)[start:stop].tolist() == whole[start:stop].tolist()
+
+
+def test_rows_are_found_in_all_parts_of_all_shards(
+    prepared: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "BATCH", 500)
+    monkeypatch.setattr(shards, "TOGETHER", 2)
+    manifest, out = prepared(write_lines(tmp_path / "a.jsonl", TEXTS), shard_tokens=300)
+    assert len(manifest["splits"]["train"]["shards"]) > 3
+    assert found(out) == expected(TEXTS)
+    rows = ShardRows(out, "train")
+    assert np.array_equal(np.concatenate([rows[i][0] for i in range(len(rows))]), rows.tokens[:])
 
 
 def test_a_cut_document_is_a_row_as_in_the_paper(prepared: Callable, tmp_path: Path) -> None:
