@@ -438,6 +438,9 @@ def test_runs_on_another_device_are_named() -> None:
     found = elsewhere({"runs": [*runs, {"name": "e", "diverged": "by step 1"}]})
     assert found == {"c": ["H100", "H200"], "d": ["H200"]}
     assert elsewhere({"runs": runs[:2]}) == {}
+    assert elsewhere({"runs": [run("a", "H100", "H200"), run("b", "H100", "H200"), run("c", "H100")]}).keys() == set(
+        "abc"
+    )
 
 
 def test_a_run_that_goes_on_elsewhere_and_without_a_graph_says_so(
@@ -471,6 +474,7 @@ def test_the_standard_error_of_a_loss_is_that_of_drawing_its_parts() -> None:
     assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.05)
     assert mean_of_parts([(1.0, 1), (4.0, 3)])[0] == 13 / 4
     assert mean_of_parts([(1.0, 5)]) == (1.0, None)
+    assert mean_of_parts([(1.0, 5), (3.0, 5)]) == (2.0, pytest.approx(np.std([1, 3], ddof=1) / 2**0.5))
 
 
 # ------------------------------------------------------------------------------------------------------------ whole
