@@ -93,12 +93,11 @@ def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: st
     """
     kept = [open_source(source, column) for source in held_out]
     train = [open_source(source, column) for source in sources]
-    known = _names(sources, train), _names(held_out, kept)
-    for found in known:
-        if twice := [name for name, times in found.items() if times > 1]:
-            raise UserError(f"each source must be given once, {min(twice)} is in two: a copy could be held out")
-    if both := known[0].keys() & known[1].keys():
+    found = _names(sources, train)
+    if both := found.keys() & _names(held_out, kept).keys():
         raise UserError(f"what is held out must not be trained on, {min(both)} is in both")
+    if twice := [name for name, times in found.items() if times > 1]:
+        raise UserError(f"each source must be given once, {min(twice)} is in two: a copy could be held out")
     if column != TEXT_COLUMN and not any(isinstance(texts, Column) for texts in train + kept):
         raise UserError(f"a column must be of a data set, there is none to take {column} from")
     if not sources:
