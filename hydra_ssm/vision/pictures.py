@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +16,7 @@ ENOUGH = 2048  # pixels of the shorter side of a larger JPEG
 MOST_SIDES = 100  # of a picture, the longer over the shorter
 UNREADABLE = "cannot be read"
 JPEG = b"\xff\xd8"  # begins a file
+PROGRAMS = {"EPS"}  # what Pillow would have another program run
 GREY = {"1": "grey", "L": "grey", "LA": "grey"}
 KINDS = {"P": "palette", "PA": "palette", "RGBA": "transparent", "CMYK": "CMYK", **GREY}
 
@@ -65,11 +67,18 @@ def _decoded(content: bytes) -> tuple[Image.Image, str]:
 
 def _opened(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=_formats())
     except Image.DecompressionBombError:
         if not content.startswith(JPEG):
             raise
         return JpegImageFile(io.BytesIO(content))  # need not be decoded whole
+
+
+@cache
+def _formats() -> list[str]:
+    Image.preinit()  # the common ones go first
+    Image.init()
+    return [name for name in Image.OPEN if name not in PROGRAMS]
 
 
 def _kind(mode: str) -> str:

@@ -125,6 +125,7 @@ def test_what_cannot_be_read_is_told(monkeypatch):
             b"<html>not found</html>",
             "^the file holds no picture of a known kind$",
         ),  # and no address, in no two runs the same
+        (content(Image.new("RGB", (8, 8)), "EPS"), "no picture of a known kind"),  # a program, which is not run
         (whole[: len(whole) // 2], "(?i)truncated"),
         (bytes(png), "."),
         (content(Image.new("RGB", (200, 100))), r"200 x 100 pixels, more than 10,000"),
