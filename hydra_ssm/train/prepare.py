@@ -23,7 +23,7 @@ from .errors import UserError
 from .packing import PackedRows, pieces
 from .recipe import Recipe
 from .rows import EvaluationRows, TrainingRows
-from .sources import Corpus, open_corpus
+from .sources import Corpus, open_corpus, open_texts
 from .start import Start
 from .trainer import arguments
 
@@ -94,8 +94,7 @@ def _from_shards(recipe: Recipe, folder: Path, start: Start | None) -> PreTraine
         start.tokenizer(tokenizer, f"the tokenizer of the shards {recipe.sources[0]}", again)
     _check_rows(ShardRows(shards, "train"), recipe, tokenizer, held_out=False)
     if recipe.held_out:
-        corpus = open_corpus(recipe.held_out, column=recipe.column)
-        texts = (text for texts in corpus.train for text in texts)
+        texts = (text for texts in open_texts(recipe.held_out, recipe.column) for text in texts)
         _write(folder / "held_out", texts, tokenizer, recipe)
     rows = PackedRows(folder / "held_out") if recipe.held_out else ShardRows(shards, "held_out")
     _check_rows(rows, recipe, tokenizer, held_out=True)

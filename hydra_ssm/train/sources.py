@@ -88,22 +88,31 @@ class Corpus:
 def open_corpus(sources: Sequence[str], held_out: Sequence[str] = (), column: str = TEXT_COLUMN) -> Corpus:
     """The corpus of these files, folders and data set names; of none, Python's language reference.
 
-    Raises UserError where one does not exist, or holds no text that can be read, or is in two, or is both trained on
-    and held out.
+    Raises UserError where `open_texts` does, or one is both trained on and held out, or is in two of which a part is
+    to be held out.
     """
-    kept = [open_source(source, column) for source in held_out]
-    train = [open_source(source, column) for source in sources]
+    opened = open_texts([*held_out, *sources], column)
+    kept, train = opened[: len(held_out)], opened[len(held_out) :]
     found = _names(sources, train)
     if both := found.keys() & _names(held_out, kept).keys():
         raise UserError(f"what is held out must not be trained on, {min(both)} is in both")
-    if twice := [name for name, times in found.items() if times > 1]:
+    if not held_out and (twice := [name for name, times in found.items() if times > 1]):
         raise UserError(f"each source must be given once, {min(twice)} is in two: a copy could be held out")
-    if column != TEXT_COLUMN and not any(isinstance(texts, Column) for texts in train + kept):
-        raise UserError(f"a column must be of a data set, there is none to take {column} from")
     if not sources:
         reference, end = language_reference()
         return Corpus([reference], kept or [end])
     return Corpus(train, kept)
+
+
+def open_texts(sources: Sequence[str], column: str = TEXT_COLUMN) -> list[Texts]:
+    """Of these files, folders and data set names.
+
+    Raises UserError where one does not exist, or holds no text that can be read, or none has columns to choose from.
+    """
+    opened = [open_source(source, column) for source in sources]
+    if column != TEXT_COLUMN and not any(isinstance(texts, Column) for texts in opened):
+        raise UserError(f"a column must be of a data set, there is none to take {column} from")
+    return opened
 
 
 def _names(sources: Sequence[str], opened: Sequence[Texts]) -> Counter[str]:

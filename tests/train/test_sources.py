@@ -101,6 +101,14 @@ def test_no_text_is_given_twice(tmp_path: Path) -> None:
         open_corpus([folder, file])
 
 
+def test_a_text_may_be_trained_on_twice_where_another_is_held_out(tmp_path: Path) -> None:
+    """So much more it weighs; held-out texts may overlap, too."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
+    a, b = (str(tmp_path / f"{name}.txt") for name in ("a", "b"))
+    assert list(open_corpus([a, a], [b, b])) == [(False, "a"), (False, "a"), (True, "b"), (True, "b")]
+
+
 def test_a_data_set_is_not_trained_on_and_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import config
 

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..finetune.tasks import TASKS, plain
 from ..packing import pieces
 from ..prepare import EVALUATION_RATE
-from ..sources import open_corpus
+from ..sources import open_corpus, open_texts
 
 FACTS, GLUE, TOKENIZER, TRAIN = "data.json", "glue", "tokenizer", "train"
 LONG = 1 << 20  # tokens of a piece that is put back together
@@ -101,7 +101,7 @@ def write(
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     texts = {TRAIN: open_corpus(train, [s for sources in held_out.values() for s in sources]).train}
-    texts |= {name: open_corpus(sources).train for name, sources in held_out.items()}
+    texts |= {name: open_texts(sources) for name, sources in held_out.items()}
     with whole_folder(folder) as part:
         facts: dict[str, Any] = {"vocabulary": len(words), "texts": {}}
         for name, found in texts.items():
