@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .layer import EncoderLayer
 from .matrices import MATRICES
 from .mixer import STATE_OPTIONS, Hydra, MatrixMixer, SelfAttention, check_input
-from .ops import Documents, Order, Ordering, make_orders, per_document, zero_padding
+from .ops import Documents, Order, Ordering, layout, make_orders, per_document, zero_padding
 
 MixerSpec = str | Mapping[str, Any]
 FOR_ATTENTION = {"headdim"}
@@ -150,6 +150,8 @@ class Encoder(nn.Module):
             numbers = [n for n in range(first, layers.stop + 1) if n in kept or n == layers.stop]
             run = partial(self._layers, layers, numbers, normed=states is None, condition=condition)
             if one is not None and one.count > 1:
+                if mask is not None and mask.dtype != torch.bool:
+                    layout((h.shape[0], h.shape[1]), mask, None)  # raises
                 parts = zero_padding(run(zero_padding(h, mask), None, order=one, mask=mask), mask).unbind(2)
             elif one is not None:
                 rows = per_document(run, one.take(h), None if mask is None else one.take(mask), None)

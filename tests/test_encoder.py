@@ -91,6 +91,12 @@ def test_a_layer_refuses_a_mask_that_it_would_not_heed():
         layer(h, one, order=Order.of(torch.arange(5)))
 
 
+@pytest.mark.parametrize("order", [torch.arange(5), torch.arange(5).expand(2, 1, 5)])
+def test_a_mask_of_numbers_is_refused_by_name_along_any_order(order):
+    with pytest.raises(TypeError, match=r"mask must be bool, .* pass mask.bool\(\)"):
+        Encoder(16, ["add"], **SMALL)(torch.zeros(1, 5, 16), torch.ones(1, 5), order=order)
+
+
 def test_dropout_and_eps_reach_every_layer():
     h = torch.randn(1, 9, 16)
     encoder = Encoder(16, ["hydra", "attention"], d_ff=24, dropout=0.5, eps=1e6, **SMALL)

@@ -12,6 +12,7 @@ from hydra_ssm.cli import main
 from hydra_ssm.inspection import mixing_matrices
 from hydra_ssm.inspection.images import draw_maps, feature_maps, over_patches
 from hydra_ssm.vision import HydraForImageClassification, HydraViT, HydraViTConfig, places
+from hydra_ssm.vision.loading import load_image_model
 
 SMALL = {"img_size": 16, "embed_dim": 32, "depth": 2, "headdim": 16, "d_state": 4, "num_classes": 3}
 
@@ -55,6 +56,11 @@ def test_matrices_of_the_drop_in_form_are_over_patches_too():
     (u, y) = seen[0]
     expected = applied(model.blocks[1].attn.mixer, found[1].matrices[0], u, back)
     torch.testing.assert_close(expected, y, rtol=0, atol=1e-11)
+
+
+def test_models_that_cut_patches_in_their_own_way_are_loaded(tmp_path):
+    timm.models.save_for_hf(timm.create_model("efficientvit_m0", num_classes=3), tmp_path)
+    assert load_image_model(tmp_path).channels == 3
 
 
 def test_maps_show_what_a_patch_reads_where_it_reads_it():
