@@ -59,12 +59,13 @@ class Program(nn.Module):
 
 @contextmanager
 def evaluating(model: HydraPreTrainedModel) -> Iterator[Program]:
-    """The model as a Program that draws no dropout; afterwards it goes on training, if it did."""
-    training = model.training
+    """The model as a Program that draws no dropout; afterwards what of it was training goes on, and nothing else."""
+    training = [module for module in model.modules() if module.training]
     try:
         yield Program(model).eval()
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def export(model: HydraPreTrainedModel) -> ExportedProgram:

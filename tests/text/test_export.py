@@ -124,8 +124,10 @@ def test_a_program_that_gives_nan_differs(written: tuple[HydraModel, Path]) -> N
 @pytest.mark.parametrize("name", ["low_rank", "concat"])
 def test_a_hybrid_of_other_linear_mixers_exports(name: str) -> None:
     model = HydraModel(tiny("hydra", mixers=[name, "attention"], num_hidden_layers=2)).train()
+    model.embeddings.eval()  # as where a part is frozen
     assert difference(model, export(model).module()) < 1e-5
-    assert model.training  # as before
+    assert model.training, "what was training goes on"
+    assert not any(part.training for part in model.embeddings.modules()), "and nothing else does"
 
 
 def test_a_model_of_many_choices_is_refused() -> None:

@@ -12,6 +12,13 @@ from ..errors import UserError
 
 NAME = "progress.sqlite"
 CACHE = 64_000  # KiB of it in memory
+BEGIN = (
+    f"PRAGMA cache_size = -{CACHE}",
+    "PRAGMA locking_mode = EXCLUSIVE",
+    "BEGIN EXCLUSIVE",
+    "CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value)",
+    "CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY) WITHOUT ROWID",
+)
 
 
 class State:
@@ -22,23 +29,15 @@ class State:
 
     def __init__(self, folder: Path, anew: bool = False) -> None:
         self.path = folder / NAME
-        self.connection = sqlite3.connect(self.path, timeout=0, isolation_level=None)
-        run = self.connection.execute
         try:
-            run(f"PRAGMA cache_size = -{CACHE}")
-            run("PRAGMA locking_mode = EXCLUSIVE")
-            run("BEGIN EXCLUSIVE")
-            run("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value)")
-            run("CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
+            self.connection = _opened(self.path)
         except sqlite3.OperationalError as error:
-            self.connection.close()
             raise UserError(f"{folder} is being prepared by another process ({error}): wait for its end") from None
         except sqlite3.DatabaseError as error:
-            self.connection.close()
             if not anew:
                 raise UserError(f"{self.path} is damaged ({error}): start again with --overwrite") from None
             self.path.unlink()
-            self.__init__(folder)  # type: ignore[misc]
+            self.connection = _opened(self.path)
 
     def get(self, name: str, default: Any = None) -> Any:
         """A fact: text, bytes or what JSON holds."""
@@ -74,3 +73,14 @@ class State:
         self.close()
         for name in (NAME, f"{NAME}-journal"):
             self.path.with_name(name).unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        for statement in BEGIN:
+            connection.execute(statement)
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection
