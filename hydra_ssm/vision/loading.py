@@ -72,15 +72,7 @@ def _of_timm(folder: Path, found: dict[str, Any]) -> PictureModel:
         raise ValueError(f"{folder} must hold weights, {' or '.join(WEIGHTS)}")
     timm.models.load_checkpoint(model, str(weights))
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-    given = {k: described[k] for k in names if k in described}
-    patches = getattr(model, "patch_embed", None)
-    size = getattr(patches, "img_size", None)  # not every model of timm's has one
-    channels = getattr(getattr(patches, "proj", None), "in_channels", None)
-    if size and channels and not getattr(model, "dynamic_img_size", False):  # older timm describes the name's size
-        _check_channels(channels, folder)
-        given["input_size"] = (channels, *size)
-        given |= {k: given[k][:channels] for k in ("mean", "std") if k in given}
-    data = resolve_data_config(given, model=model)
+    data = resolve_data_config({k: described[k] for k in names if k in described}, model=model)
     channels = data["input_size"][0]
     _check_channels(channels, folder)
     return PictureModel(

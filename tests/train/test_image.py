@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,7 +29,7 @@ from hydra_ssm.train.image import evaluation, progress, training
 from hydra_ssm.train.image import run as running
 from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
-from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform
+from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform, seed_drawing
 from hydra_ssm.train.image.processes import Processes
 from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
@@ -686,3 +687,15 @@ def test_a_mistake_is_one_line(command, run, flowers, tmp_path, monkeypatch, cap
     assert len(lines) == 1, lines
     assert re.search(MISTAKES[command], lines[0]), lines
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_each_picture_draws_from_a_seed_of_its_own():
+    def draws(*key):
+        seed = seed_drawing(*key)
+        return random.random(), np.random.rand(), torch.rand(()).item(), seed
+
+    seen = [draws(0, epoch, place) for epoch in range(3) for place in range(4)]
+    assert seen == [draws(0, epoch, place) for epoch in range(3) for place in range(4)]
+    assert all(len(set(own)) == 12 for own in zip(*seen, strict=True)), "of Python, NumPy and torch alike"
+    torch.manual_seed(seen[5][3])
+    assert torch.rand(()).item() == seen[5][2]
