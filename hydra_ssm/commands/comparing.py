@@ -54,6 +54,7 @@ def compare(
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/compare"),
     limit: Annotated[float | None, arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None,
     jobs: int = 1,
+    records: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None,
     settings: Annotated[ComparisonSettings, arg(name="")] = ComparisonSettings(),
 ) -> None:
     """Compare Hydra with BERT: equal parameters, tokens and recipe, each at its best norm and learning rate.
@@ -72,13 +73,14 @@ def compare(
         out: The folder of the comparison.
         limit: Stop after so many seconds, and some more to save, to go on later.
         jobs: Runs of GLUE at once, of each of the two models, spread over the GPUs. Other runs: one on each GPU.
+        records: The comparison.json of the same comparison on another machine: what it has finished is not done again.
     """
     for package in ("accelerate", "scipy", "sklearn"):
         require(package, extra="train")
     from ..train.comparison import compare as start
 
     given = {name: value for name, value in asdict(settings).items() if value is not None}
-    start(data, out, limit=limit, jobs=jobs, **given)
+    start(data, out, limit=limit, jobs=jobs, records=records, **given)
 
 
 def compare_prepare(

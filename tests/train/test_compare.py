@@ -239,7 +239,7 @@ def test_longer_rows_bring_batches_that_the_pretraining_has_not_had(
 ) -> None:
     plan = Plan.of(TINY)
     before, bert_before = token_runs(plan, AT, 0)
-    after, bert_after = (run for run in length_runs(plan, AT) if run.length == plan.length)
+    after, bert_after = (run for run in length_runs(plan, AT, 0) if run.length == plan.length)
     runs = [training(data, run, tmp_path, monkeypatch) for run in (before, bert_before, after, bert_after)]
     first = [run.batches[0][0].input_ids for run in runs]
     assert torch.equal(first[0], first[1])
@@ -251,7 +251,7 @@ def test_longer_rows_bring_batches_that_the_pretraining_has_not_had(
 
 def test_both_models_get_the_same_budget() -> None:
     plan, chosen = Plan(), {"hydra": Choice("post", 1e-3), "bert": Choice("pre", 5e-4)}
-    grid, tokens, lengths = next_runs(plan, []), token_runs(plan, chosen, 0), length_runs(plan, chosen)
+    grid, tokens, lengths = next_runs(plan, []), token_runs(plan, chosen, 0), length_runs(plan, chosen, 0)
     for runs in (grid, tokens, lengths):
         halves = [[(r.steps, r.length, r.seed) for r in runs if r.model == model] for model in MODELS]
         assert halves[0] == halves[1]
@@ -560,6 +560,43 @@ def test_a_lost_model_is_told(folder: Path, tmp_path: Path) -> None:
     places = saved.state_dict()[POSITIONS]  # tasks read more than the rows had
     assert len(places) == saved.config.max_position_embeddings > TINY["length"]
     assert torch.equal(places[: TINY["length"]], places[TINY["length"] : 2 * TINY["length"]])
+
+
+def test_what_another_machine_has_finished_is_not_done_again(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    there, here = tmp_path / "there", tmp_path / "here"
+    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 64, "lengths": (32,), "length_tokens": 64}
+    first = compare(folder, there, say=said.append, stages=("tokens", "tasks"), **settings)
+    assert first["unfinished"] == []
+    source = there / "comparison.json"
+    found = compare(folder, here, say=said.append, records=source)  # with the plan that it has
+    assert found["unfinished"] == []
+    assert found["glue"] == first["glue"]
+    runs = {run["name"]: run for run in found["runs"]}
+    for run in first["runs"]:
+        assert runs[run["name"]] == run
+    assert not (here / "models" / "tokens-hydra-seed-0").exists()  # which is there
+    longer_rows = [run for run in runs.values() if run["stage"] == "length"]
+    assert {(run["model"], run["start"]) for run in longer_rows} == {(m, f"tokens-{m}-seed-1") for m in MODELS}
+    (here / "models").rename(tmp_path / "elsewhere")
+    assert compare(folder, here, say=said.append)["runs"] == found["runs"]  # which is whole without the models
+
+
+def test_records_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    settings = TINY | {"rates": (1e-3,), "rate_tokens": 64, "tokens": 64, "seeds": (0,)}
+    report = compare(folder, tmp_path / "there", say=lambda _: None, limit=0, **settings)
+    for changed, message in (
+        ([], "must be the comparison.json of a comparison"),
+        ({"plan": {}}, "must be the comparison.json of a comparison, it lacks 'data'"),
+        (report | {"data": report["data"] | {"texts": {"train": {"tokens": 5}}}}, "must be of the same data, it is of"),
+        (report | {"plan": report["plan"] | {"tokens": 128}}, "tokens is 64 in the comparison in .*there, got 128"),
+    ):
+        write_json(tmp_path / "other.json", changed)
+        with pytest.raises(UserError, match=message):
+            compare(folder, tmp_path / "there", say=lambda _: None, records=tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"nothing.json is not there"):
+        compare(folder, tmp_path / "new", say=lambda _: None, records=tmp_path / "nothing.json")
+    assert not (tmp_path / "new").exists()
 
 
 def test_equal_seconds_are_of_one_device(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..trainee import How
 from ..workers import Event, Say, Until, gpus, speak, stopping, together, until
 from .data import Data, check_whole
 from .plan import MODELS, Choice, Plan, Run, length_runs, seconds_run, token_runs
-from .report import Report, collect, draw_curves, draw_lengths, table
+from .report import Report, collect, draw_curves, draw_lengths, table, take_over
 from .run import MODELS_FOLDER, RUNS, all_finished, finished, free_memory, train
 from .tasks import run_tasks, tasks_done
 from .tuning import choices, next_runs
@@ -34,6 +34,7 @@ def compare(
     limit: float | None = None,
     stages: tuple[str, ...] = STAGES,
     jobs: int = 1,
+    records: str | Path | None = None,
     graph: bool = True,
     compile: bool = True,
     say: Say = speak,
@@ -52,6 +53,7 @@ def compare(
         limit: seconds after which all stops, to be gone on with by the same call.
         stages: which parts, in their order, after the learning rates: tokens, tasks, lengths, seconds, seeds.
         jobs: GLUE runs of each model at once, spread over the GPUs; of other runs each GPU has one at a time.
+        records: the comparison.json of another machine, of the same data: what it has finished is not done again.
         graph, compile: on a GPU, replay a CUDA graph of a step, and compile the layers.
         settings: fields of `Plan`, for a comparison that begins.
 
@@ -66,8 +68,10 @@ def compare(
         raise UserError(f"jobs must be at least 1 and limit not negative, got jobs {jobs} and limit {limit}")
     folder = Path(out)
     with alone(folder, "a comparison", lambda path: path.name != RUNS):
-        plan = _plan(folder, settings)
         check_whole(Path(data))
+        if records is not None:
+            take_over(Path(records), folder, Data(Path(data)).facts)
+        plan = _plan(folder, settings)
         asked: Event = threading.Event()
         end = Until(asked, float("inf") if limit is None else started + limit)
         comparison = Comparison(folder, plan, Data(Path(data)), end, How(graph, compile), jobs, say)
@@ -101,14 +105,17 @@ class Comparison:
         first = token_runs(self.plan, chosen, self.plan.seeds[0])
         if "tokens" in stages:
             self._train(first)
-        if "tasks" in stages and self._whole("tasks", first):
+        if "tasks" in stages and not self._has_tasks() and self._whole("tasks", first):
             self._tasks()
-        if "lengths" in stages and self._whole("lengths", first):
-            self._train(length_runs(self.plan, chosen))
+        later = "seeds" in stages and not self._seeds_at_hand()  # of another machine's records none has its models here
+        if "lengths" in stages and not later:
+            self._lengths(chosen)
         last = self._seconds(chosen, first) if "seconds" in stages else []
         if "seeds" in stages:
             last += [run for seed in self.plan.seeds[1:] for run in token_runs(self.plan, chosen, seed)]
         self._train(last)
+        if "lengths" in stages and later:
+            self._lengths(chosen)
 
     def _tuned(self) -> bool:
         """Whether all learning rates have been tried, those that follow from others included."""
@@ -143,13 +150,28 @@ class Comparison:
         self.left += [part] if missing else []
         return not missing
 
+    def _has_tasks(self) -> bool:
+        return not self.plan.tasks or all(tasks_done(self.out, self.plan, model) for model in MODELS)
+
     def _tasks(self) -> None:
-        if not self.plan.tasks:
-            return
-        if not self.until.over() and not all(tasks_done(self.out, self.plan, model) for model in MODELS):
+        if not self.until.over():
             free_memory()
             run_tasks(self.out, self.data.folder, self.plan, self.until, self.jobs)
         self.left += [f"GLUE of {model}" for model in MODELS if tasks_done(self.out, self.plan, model) is None]
+
+    def _seeds_at_hand(self) -> list[int]:
+        """Those of which both models are here."""
+        names = {seed: [f"tokens-{model}-seed-{seed}" for model in MODELS] for seed in self.plan.seeds}
+        return [s for s, own in names.items() if all((self.out / MODELS_FOLDER / name).is_dir() for name in own)]
+
+    def _lengths(self, chosen: dict[str, Choice]) -> None:
+        """Longer rows, of the seed that they have begun with, else of the first whose models are here."""
+        begun = [record["seed"] for record in all_finished(self.out) if record["stage"] == "length"]
+        seed = [*begun, *self._seeds_at_hand(), *self.plan.seeds][0]
+        runs = length_runs(self.plan, chosen, seed)
+        done = all(finished(self.out, run.name) for run in runs)
+        if not done and self._whole("lengths", token_runs(self.plan, chosen, seed)):
+            self._train(runs)
 
     def _seconds(self, chosen: dict[str, Choice], first: list[Run]) -> list[Run]:
         """The faster model's run of as many seconds as the slower one's, if that can be had."""

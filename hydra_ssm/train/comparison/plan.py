@@ -30,7 +30,8 @@ class Plan:
         further_rates: most that a model tries beyond them with a norm, each twice the highest or half the lowest, as
             long as that is the best one.
         tokens: of a pretraining run.
-        seeds: of the pretraining; the first one's models go on to the tasks and the longer rows.
+        seeds: of the pretraining; the first one's models go on to the tasks, and to the longer rows unless they are
+            on another machine.
         lengths, length_tokens: the models go on with rows of these lengths, on so many tokens each.
         length_rate: the peak of that, as a share of the best rate; the norm is that of the model.
         evaluations: of a whole run, the last one after its last step; 4 at most of the shorter ones.
@@ -145,9 +146,9 @@ def token_runs(plan: Plan, best: Mapping[str, Choice], seed: int) -> list[Run]:
     return [Run("tokens", model, seed, plan.length, steps, *best[model]) for model in MODELS]
 
 
-def length_runs(plan: Plan, best: Mapping[str, Choice]) -> list[Run]:
-    """What the models learn from longer rows, and the shorter ones again to compare with."""
-    steps, seed = plan.length_tokens // plan.batch_tokens, plan.seeds[0]
+def length_runs(plan: Plan, best: Mapping[str, Choice], seed: int) -> list[Run]:
+    """What the models of a seed learn from longer rows, and the shorter ones again to compare with."""
+    steps = plan.length_tokens // plan.batch_tokens
     return [
         Run("length", model, seed, length, steps, norm, plan.length_rate * rate, f"tokens-{model}-seed-{seed}")
         for length in plan.lengths

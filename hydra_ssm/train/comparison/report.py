@@ -10,12 +10,14 @@ from typing import Any
 
 from ..._extras import require
 from ..checkpoints import whole_file
-from ..records import read_json
+from ..errors import UserError
+from ..plans import NAME, check_plan, read_plan, write_plan
+from ..records import read_json, write_json
 from .baseline import without_context
 from .data import Data
 from .plan import MODELS, TEXTS, Plan
-from .run import all_finished, mean_of_parts
-from .tasks import FOLDER, REPORT
+from .run import RUNS, all_finished, finished, mean_of_parts
+from .tasks import FOLDER, REPORT, are_whole
 from .tuning import edges
 
 Report = dict[str, Any]
@@ -38,6 +40,32 @@ def collect(out: Path, plan: Plan, data: Data, left: list[str]) -> Report:
         ],
         "glue": glue, "runs": runs,
     }  # fmt: skip
+
+
+def take_over(source: Path, out: Path, data: Report) -> None:
+    """Put into the folder what such a JSON tells of, but for what is there: plan, runs, and tasks that are whole.
+
+    Raises UserError where it is none, of other data, or of another plan than the folder has.
+    """
+    if not source.is_file():
+        raise UserError(f"{source} is not there")
+    found = read_json(source)
+    try:
+        plan, texts, runs = Plan.of(found["plan"]), found["data"]["texts"], {run["name"]: run for run in found["runs"]}
+        whole = {model: tasks for model, tasks in found["glue"].items() if are_whole(tasks, plan)}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{source} must be the comparison.json of a comparison, it lacks {error}") from error
+    if texts != data["texts"]:
+        raise UserError(f"{source} must be of the same data, it is of {texts}, here are {data['texts']}")
+    if not (out / NAME).exists():
+        write_plan(plan, out)
+    check_plan(read_plan(Plan, out), asdict(plan), f"the comparison in {out}")
+    for name, run in runs.items():
+        if finished(out, Path(name).name) is None:
+            write_json(out / RUNS / f"{Path(name).name}.json", run)
+    for model in MODELS:
+        if model in whole and not (out / FOLDER / model).exists():
+            write_json(out / FOLDER / model / REPORT, whole[model])
 
 
 def _grouped(runs: list[Report]) -> dict[tuple[str, str, int], list[Report]]:
@@ -137,6 +165,7 @@ def _percent(summary: Report | None) -> str:
     return f"{summary['mean']:.1f}" + ("" if summary["spread"] is None else f" ± {summary['spread']:.1f}")
 
 
+CLOCKS = {"tokens": 1e6, "seconds": 1.0}
 LOOK = {"hydra": {"color": "C0", "marker": "o"}, "bert": {"color": "C1", "marker": "s"}}
 
 
@@ -145,7 +174,7 @@ def draw_curves(report: Report, path: Path) -> None:
     figure = require("matplotlib.figure", "train").Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for row, text in zip(axes, TEXTS, strict=True):
-        for ax, by in zip(row, ("tokens", "seconds"), strict=True):
+        for ax, (by, unit) in zip(row, CLOCKS.items(), strict=True):
             for run in (r for r in report["runs"] if r["stage"] in ("tokens", "seconds") and "diverged" not in r):
                 if run["stage"] == "seconds" and by == "tokens":
                     continue
@@ -154,8 +183,8 @@ def draw_curves(report: Report, path: Path) -> None:
                 label = f"{run['model']}{', on as many seconds' * (run['stage'] == 'seconds')}" if first else None
                 style = "--" if run["stage"] == "seconds" else "-"
                 y = [p[f"{text}_loss"] for p in points]
-                ax.plot([p[by] for p in points], y, style, label=label, markersize=3, **LOOK[run["model"]])
-            ax.set(xlabel=f"{by} of training", title=text)
+                ax.plot([p[by] / unit for p in points], y, style, label=label, markersize=3, **LOOK[run["model"]])
+            ax.set(xlabel=f"{'million ' * (unit > 1)}{by} of training", title=text)
         row[0].set_ylabel("held-out loss (nats)")
         row[1].legend(frameon=False)
     _save(figure, path)

@@ -23,7 +23,12 @@ POLL = 0.5  # seconds
 def tasks_done(out: Path, plan: Plan, model: str) -> dict[str, Any] | None:
     """What GLUE found of a model, once all of its runs are finished."""
     found = read_json(out / FOLDER / model / REPORT)
-    return found if found and len(found["runs"]) == len(plan.tasks) * len(plan.task_seeds) else None
+    return found if found and are_whole(found, plan) else None
+
+
+def are_whole(found: dict[str, Any], plan: Plan) -> bool:
+    """Whether a report of GLUE has all runs of the plan."""
+    return len(found["runs"]) == len(plan.tasks) * len(plan.task_seeds)
 
 
 def run_tasks(out: Path, data: Path, plan: Plan, until: Until, jobs: int) -> None:
