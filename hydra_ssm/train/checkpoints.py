@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,30 @@ UNFINISHED = ".hydra-ssm-part-"  # begins the names of what is being written or 
 REMOVED = f"{UNFINISHED}removed-"  # perhaps in part already
 REPLACED = f"{UNFINISHED}replaced-"  # whole, as long as nothing stands in its place
 KEPT = 3  # newest checkpoints
+SHARE = 0.05  # of the time, at most, goes into saving
+
+
+class SaveTimer:
+    """When the next checkpoint is due: every so many seconds, or seldomer where saving would take more than its share.
+
+    After 0 seconds it is due at every step.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._since = seconds, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._since >= self.seconds
+
+    def begin(self) -> None:
+        """To save."""
+        self._since = time.monotonic()
+
+    def end(self) -> None:
+        """Of saving, which `begin` began."""
+        now = time.monotonic()
+        self.seconds, self._since = max(self.seconds, (now - self._since) / SHARE) if self.seconds else 0.0, now
 
 
 @contextmanager

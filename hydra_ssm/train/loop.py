@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bench.machine import device_name
 from ..text import HydraForMaskedLM
 from .batches import Batches
-from .checkpoints import newest_whole, remove_old, remove_unfinished, whole_folder
+from .checkpoints import SaveTimer, newest_whole, remove_old, remove_unfinished, whole_folder
 from .trainee import How, Trainee
 from .trainer import LAST, WARM_UP
 from .workers import Say, Until
@@ -45,7 +45,8 @@ class Course:
         evaluations: evenly over the run, the last one after its last step.
         evaluate_first: one more before the first step.
         batch_tokens: of a step.
-        save_after, talk_after: seconds between checkpoints, and between what it says.
+        save_after: seconds between checkpoints, more where saving would take over a twentieth of the time.
+        talk_after: seconds between what it says.
     """
 
     name: str
@@ -149,7 +150,7 @@ class Training:
         self.graph, self.compiled = self.graph and self.trainee.graph, self.compiled and self.trainee.compiled
         self.warm_up += time.perf_counter() - began
         marks = {round(course.steps * i / course.evaluations) for i in range(1, course.evaluations + 1)}
-        clock, saved = Clock(self.device, self.seconds), time.monotonic()
+        clock, timer = Clock(self.device, self.seconds), SaveTimer(course.save_after)
         clock.start()
         while self.done < course.steps:
             rate = course.rate * schedule(self.done, course.steps)
@@ -158,7 +159,7 @@ class Training:
             ends, over = self.done == course.steps, until.over()
             evaluate = ends or self.done in marks
             log = evaluate or self.done % max(1, course.steps // 100) == 0
-            save = not ends and (over or time.monotonic() - saved > course.save_after)
+            save = not ends and (over or timer.due)
             if not (log or save):
                 continue
             clock.stop()
@@ -168,8 +169,9 @@ class Training:
             if evaluate:
                 self._evaluate()
             if save:
+                timer.begin()
                 self._save()
-                saved = time.monotonic()
+                timer.end()
                 if over:
                     return False
             clock.start()

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .checkpoints import SaveTimer
 from .errors import UserError
 
 Say = Callable[[str], None]
@@ -56,18 +57,20 @@ class Stops(TrainerCallback):
     """Saves a checkpoint every so many seconds, and when the run has to stop before its end."""
 
     def __init__(self, until: Until, save_after: float) -> None:
-        self.until, self.save_after, self.saved = until, save_after, time.monotonic()
+        self.until, self.timer = until, SaveTimer(save_after)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             return
         if self.until.over():
             control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self.saved > self.save_after:
+        elif self.timer.due:
             control.should_save = True
+        if control.should_save:
+            self.timer.begin()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.saved = time.monotonic()
+        self.timer.end()
 
 
 def until() -> Until:

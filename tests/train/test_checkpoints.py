@@ -14,6 +14,8 @@ from hydra_ssm.train.checkpoints import (
     KEPT,
     MANIFEST,
     REMOVED,
+    SHARE,
+    SaveTimer,
     checkpoints,
     damage,
     newest_whole,
@@ -52,6 +54,32 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
         (part / "nowhere" / "weights").write_bytes(b"new")
     assert files(tmp_path) == before
     assert damage(path) is None
+
+
+def test_saving_takes_its_share_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("hydra_ssm.train.checkpoints.time.monotonic", lambda: now)
+
+    def saves(every: float, lasts: float, until: float) -> list[float]:
+        """When it begins to save, where a step takes a second and saving so many."""
+        nonlocal now
+        now, found = 0.0, list[float]()
+        timer = SaveTimer(every)
+        while now < until:
+            now += 1
+            if timer.due:
+                found.append(now)
+                timer.begin()
+                now += lasts
+                timer.end()
+        return found
+
+    assert saves(60, 0.5, 300) == [60, 120.5, 181, 241.5]  # every minute
+    slow = saves(60, 12, 2000)  # a disk that many write to
+    assert slow[0] == 60
+    assert 12 * (len(slow) - 1) <= SHARE * (slow[-1] - slow[0])
+    assert len(slow) == 8
+    assert saves(0, 1, 10) == [1, 3, 5, 7, 9]  # after every step, whatever that takes
 
 
 def test_a_file_is_replaced_by_a_whole_one_alone(tmp_path: Path) -> None:

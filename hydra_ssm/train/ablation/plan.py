@@ -45,7 +45,7 @@ class Plan:
         d_state: N of each class: state size, rank, features of a query and a key.
         clip: largest norm of the gradients; 0 for any.
         held_out_rows: evaluate on so many rows at most.
-        save_after: seconds between checkpoints.
+        save_after: seconds between checkpoints, more where saving would take over a twentieth of the time.
 
     Raises:
         UserError: a setting out of its range.

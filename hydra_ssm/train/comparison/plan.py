@@ -38,7 +38,7 @@ class Plan:
         evaluation_tokens: most tokens of each held-out text, evenly spread, that it is evaluated on on the way; after
             its last step it is evaluated on all.
         tasks, task_seeds, task_batch: of GLUE; no tasks for none.
-        save_after: seconds between checkpoints.
+        save_after: seconds between checkpoints, more where saving would take over a twentieth of the time.
 
     Raises:
         UserError: a setting out of its range.

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ....bench.machine import device_name
-from ...checkpoints import newest_whole, remove, remove_unfinished
+from ...checkpoints import SaveTimer, newest_whole, remove, remove_unfinished
 from ...plans import read_plan
 from ...records import Record, read_json, write_json
 from ...replay import replayed
@@ -67,13 +67,14 @@ def train(out: Path, data: Path, job: Job, until: Until, at_once: int, say: Say)
         torch.cuda.empty_cache()
     run = Run(read_plan(Plan, out), Data(data), job, say)
     run.load(newest_whole(folder))
-    saved = time.monotonic()
+    timer = SaveTimer(SAVE_AFTER)
     while not run.ended:
         run.one_epoch()
         over = until.over()
-        if not run.ended and (over or time.monotonic() - saved > SAVE_AFTER):
+        if not run.ended and (over or timer.due):
+            timer.begin()
             run.save(folder)
-            saved = time.monotonic()
+            timer.end()
             if over:
                 return None
     record = {**job._asdict(), **run.record(), "at_once": at_once}
