@@ -8,12 +8,56 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 
 def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A static `backward` that is no further differentiable, in the precision of what it is given."""
-    return once_differentiable(uncast(backward))
+    """A static `backward` that is no further differentiable, in the precision of what it is given.
+
+    What it finds hangs on all that it is made of, so that differentiating it raises, whatever by. torch's own
+    `once_differentiable` raises only where a gradient is wanted of everything.
+    """
+    exact = uncast(backward)
+
+    @wraps(backward)
+    def once(ctx: Any, grad: Tensor) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler refuses second gradients itself
+            with torch.no_grad():
+                return exact(ctx, grad)
+        given = _Given(ctx)
+        with torch.no_grad():
+            found = exact(given, grad)
+        made_of = [t for t in (grad, *given.saved_tensors) if t is not None and t.requires_grad]
+        if not made_of:
+            return found
+        alone = not isinstance(found, tuple)
+        gradients = [t for t in ((found,) if alone else found) if t is not None]
+        tied = iter(_Once.apply(len(gradients), *gradients, *made_of))
+        return next(tied) if alone else tuple(None if t is None else next(tied) for t in found)
+
+    return once
+
+
+class _Given:
+    """A context whose saved tensors are asked for once: checkpointing allows no more."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+class _Once(torch.autograd.Function):
+    """Its first tensors, which hang on the others and cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("the gradient of this product is a closed form that is differentiable once: use torch.func")
 
 
 def uncast(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .matrices import Inputs, Placed, Projected, Settings, StructuredMatrix, matrix_class
 from .ops import Documents, Layout, last_linear, layout, per_document, rows
+from .ops.backend import transforming
 from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
 
@@ -163,6 +164,10 @@ class MatrixMixer(nn.Module):
         self._check(u, mask, cu_seqlens, documents)
         place = layout((u.shape[0], u.shape[1]), mask, cu_seqlens)
         if place is None:
+            packed = documents if documents is not None and documents.cu_seqlens is not None else None
+            if packed is not None and not (transforming() or u.isfinite().all()):
+                own = tuple(rows(packed))  # products of zero do not stop NaN: each document by itself
+                return Placed(None, tuple(self.matrix(one.take(u), documents=one.documents) for one in own), own)
             return self._matrix(self._inputs(self.in_proj(u), documents)[1])
         return Placed(None, (self.matrix(place.take(u), documents=place.documents),), (place,))
 

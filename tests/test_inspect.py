@@ -279,8 +279,14 @@ def test_each_class_is_aligned_as_the_table_says(name):
     assert MATRICES[name].data_dependent == (ALIGNMENT[name] != "no token owns a parameter")
 
 
+def test_a_mistake_in_a_class_is_no_matrix_that_is_missing(monkeypatch):
+    monkeypatch.setattr(MATRICES["low_rank"], "entries", lambda self: len(5))
+    with pytest.raises(TypeError, match="object of type 'int' has no len"):
+        mixing_matrices(MatrixMixer(8, "low_rank", headdim=4, d_state=3), torch.randn(1, 5, 8))
+
+
 def test_mult_has_no_matrix_to_be_aligned_and_what_is_no_class_is_named():
-    with pytest.raises(ValueError, match=r"matrix must be one of dense, .*, got 'hydra'"):
+    with pytest.raises(ValueError, match=r"matrix must be one of .*, got 'hydra'"):
         alignment("hydra")
     with pytest.raises(TypeError, match="mult is quadratic in x"):
         alignment("mult")

@@ -294,3 +294,76 @@ def test_inputs_that_do_not_fit_are_named(u, error, message):
     with pytest.raises(error) as raised:
         Hydra(16, **SMALL)(u)
     assert message in str(raised.value)
+
+
+CLOSED = [
+    "quasiseparable",
+    "semiseparable",
+    "concat",
+    "mult",
+    "cauchy",
+    "vandermonde",
+]  # their gradients are closed forms
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_gradients_of_gradients_are_refused_by_whatever_way_they_are_asked_for(name):
+    mixer = MatrixMixer(8, name, headdim=4, d_state=3).double()
+    u = torch.randn(1, 70, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(u):
+        return mixer(u).pow(3).sum()
+
+    (once,) = torch.autograd.grad(loss(u), u)
+    (again,) = torch.autograd.grad(loss(u), u, create_graph=True)
+    torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
+    for ask in (
+        lambda: again.sum().backward(retain_graph=True),
+        lambda: again.sum().backward(inputs=[u], retain_graph=True),
+        lambda: torch.autograd.grad(again.sum(), list(mixer.parameters()), retain_graph=True, allow_unused=True),
+        lambda: torch.autograd.functional.hessian(loss, torch.randn(1, 3, 8, dtype=torch.float64)),
+    ):
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            ask()
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_product_with_x_of_other_sizes_is_refused(name):
+    mixer = MatrixMixer(16, name, headdim=8, d_state=8, max_length=64)
+    M = mixer.matrix(torch.randn(2, 33, 16))
+    assert (M @ torch.randn(2, 33, 4, 5)).shape == (2, 33, 4, 5)
+    for shape in ((2, 34, 4, 8), (2, 4, 4, 8), (1, 33, 4, 8), (3, 33, 4, 8), (2, 33, 1, 8), (33, 4, 8)):
+        with pytest.raises(ValueError, match=r"must (be|have|come)"):
+            M @ torch.randn(shape)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "plain"])
+def test_decays_that_forget_at_once_have_exact_gradients_in_float32(impl):
+    """What is left of a token after the next one is tiny, and so is what A changes; dt_bias 5 and A 1 and e."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        mixer = MatrixMixer(16, "quasiseparable", headdim=8, d_state=4, impl=impl)
+        with torch.no_grad():
+            mixer.A_log.copy_(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+            mixer.dt_bias.fill_(5.0)
+        mixer = mixer.to(dtype)
+        mixer(torch.randn(1, 150, 16, dtype=torch.float64).to(dtype)).square().sum().backward()
+        found.append(mixer.A_log.grad.double())
+    exact, ours = found
+    assert ((ours - exact).abs() / exact.abs()).max() < 2e-3
+
+
+def test_a_document_with_nan_has_the_matrices_of_the_others_as_they_are():
+    cu_seqlens = torch.tensor([0, 5, 12])
+    for name in MATRICES:
+        mixer = MatrixMixer(16, name, headdim=8, d_state=8, max_length=16).double()
+        u = torch.randn(1, 12, 16, dtype=torch.float64)
+        x = torch.randn(1, 12, 4, 8, dtype=torch.float64)
+        whole = mixer.matrix(u, cu_seqlens=cu_seqlens)
+        u[0, 3] = torch.nan
+        M = mixer.matrix(u, cu_seqlens=cu_seqlens)
+        torch.testing.assert_close((M @ x)[:, 5:], (whole @ x)[:, 5:])
+        if name != "mult":
+            torch.testing.assert_close(M.dense()[:, :, 5:], whole.dense()[:, :, 5:])
+            assert (M.dense()[:, :, :5, 5:] == 0).all()

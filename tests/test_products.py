@@ -501,3 +501,12 @@ def test_attention_over_packed_documents_needs_no_matrix_on_a_gpu(dtype):
     close = 1e-4 if dtype == torch.float32 else 2e-2
     for f, e in zip((found, *grads), (wanted, *expected), strict=True):
         assert (f.double() - e).norm() < close * e.norm()
+
+
+def test_features_of_vandermonde_that_vanish_give_nothing():
+    for tiny in (0.0, 1e-300, 1e-165, 1e-40):
+        q = torch.zeros(1, 5, 1, 1, dtype=torch.float64)
+        q[0, 2] = tiny
+        M = MATRICES["vandermonde"](None, q, q, 1.0)
+        x = torch.ones(1, 5, 1, 1, dtype=torch.float64)
+        torch.testing.assert_close(M @ x, torch.einsum("bhij,bjhp->bihp", M.dense(), x))

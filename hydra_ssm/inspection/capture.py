@@ -102,6 +102,8 @@ def _record(
     try:
         found.append(kept(_matrices(mixer, lambda matrix: matrix, **given)))
     except TypeError as error:  # what dense() raises where a class has no matrix
+        if not mixer.matrix_class.ways:
+            raise
         parts = (kept(_matrices(mixer, partial(_factor, way), **given), way) for way in mixer.matrix_class.ways)
         found.append(Mixing(layer, name, mixer, own, (), str(error), tuple(parts)))
 

@@ -19,7 +19,7 @@ def rank(angle: float, tolerance: float) -> int:
     About `angle` and ten more. The error is at most 4 sum_{m >= rank} |J_m(angle)|, and Kapteyn's inequality bounds
     J_m(m sech b) by exp(m (tanh b - b)).
     """
-    allowed = tolerance * min(1.0, angle**2) / 8
+    allowed = tolerance * min(1.0, max(angle**2, 1e-290)) / 8
     m = math.ceil(angle) + 2
     while True:
         b = math.acosh(m / angle) if angle > 0 else math.inf

@@ -37,6 +37,10 @@ class Attention(StructuredMatrix):
     def build(cls, inputs: Inputs) -> Self:
         return cls(inputs.documents, inputs.features["q"], inputs.features["k"])
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H, _ = self.q.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         scores = torch.einsum("bihd,bjhd->bhij", self.q, self.k) * self.q.shape[-1] ** -0.5
         keys = self._keys()

@@ -130,12 +130,19 @@ class StructuredMatrix(ABC):
         valid = self.documents.valid
         return M.masked_fill(~(valid[:, None, :, None] & valid[:, None, None, :]), 0.0)
 
+    def sizes(self) -> tuple[int, int, int] | None:
+        """(B, L, H) of what it multiplies; None where the class refuses others itself."""
+        return None
+
     def factor(self, way: str) -> StructuredMatrix:
         """One of the matrices whose products with x are multiplied, of a class that has none of its own."""
         raise TypeError(f"{type(self).__name__} is a matrix, and has no factor {way}")
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """y_i = sum_j M_ij x_j for x (B, L, H, P), at the cost of the class."""
+        """y_i = sum_j M_ij x_j for x (B, L, H, P), at the cost of the class. Raises ValueError for other sizes."""
+        sizes = self.sizes()
+        if sizes is not None and (x.ndim != 4 or x.shape[:3] != torch.Size(sizes)):
+            raise ValueError(f"x must be (batch, length, heads, P), here {(*sizes, 'P')}, got {tuple(x.shape)}")
         if self.documents is None:
             return self.multiply(x)
         return self.documents.zero_padding(self.multiply(self.documents.zero_padding(x)))

@@ -37,6 +37,9 @@ class Monarch(StructuredMatrix):
         left, right = (inputs.parameters[name].to(inputs.x.dtype) for name in ("left", "right"))
         return cls(inputs.documents, left, right, (B, L))
 
+    def sizes(self) -> tuple[int, int, int]:
+        return *self.shape, self.left.shape[0]
+
     def entries(self) -> Tensor:
         B, L = self.shape
         M = torch.einsum("hbac,hcbd->habcd", self.left, self.right).flatten(3, 4).flatten(1, 2)

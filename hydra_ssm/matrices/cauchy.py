@@ -50,6 +50,10 @@ class Cauchy(StructuredMatrix):
         q, k, c = inputs.features["q"], inputs.features["k"], inputs.parameters["c"]
         return cls(inputs.documents, q, k, c, scale, inputs.settings.tolerance)
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H, _ = self.q.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         q, k, c = self._nodes()
 

@@ -30,6 +30,9 @@ class Dense(StructuredMatrix):
         M = inputs.parameters["M"][:, :length, :length] * inputs.settings.max_length**-0.5
         return cls(inputs.documents, M.to(inputs.x.dtype), batch)
 
+    def sizes(self) -> tuple[int, int, int]:
+        return self.batch, self.M.shape[1], self.M.shape[0]
+
     def entries(self) -> Tensor:
         return self.M.expand(self.batch, *self.M.shape)
 

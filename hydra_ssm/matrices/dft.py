@@ -32,6 +32,10 @@ class DFT(StructuredMatrix):
     def build(cls, inputs: Inputs) -> Self:
         return cls(inputs.documents, inputs.settings.max_length, inputs.x)
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H, _ = self.like.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         B, L, H = self.like.shape[:3]
         return self._cosines(L, self.like).expand(B, H, L, L)

@@ -29,6 +29,10 @@ class LowRank(StructuredMatrix):
         scale = (inputs.settings.max_length * inputs.settings.d_state) ** -0.5
         return cls(inputs.documents, inputs.features["q"], inputs.features["k"], scale)
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H, _ = self.q.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         return torch.einsum("bihd,bjhd->bhij", self.q, self.k) * self.scale
 

@@ -46,6 +46,9 @@ class Triangles(StructuredMatrix):
     @classmethod
     def parameters(cls, settings: Settings) -> dict[str, Tensor]:
         H, P, N = settings.nheads, settings.headdim, settings.d_state
+        for name in ("A_init_range", "dt_limit"):
+            if len(tuple(getattr(settings, name))) != 2:
+                raise ValueError(f"{name} must be two numbers, got {getattr(settings, name)}")
         low, high = settings.A_init_range
         if not 0 < low <= high:
             raise ValueError(f"A_init_range must be two rising numbers above 0, got {settings.A_init_range}")

@@ -34,6 +34,10 @@ class Toeplitz(StructuredMatrix):
         t = inputs.features["t_causal"], inputs.features["t_anticausal"]
         return cls(inputs.documents, *t, 0.5 * inputs.settings.max_length**-0.5)
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H = self.t_causal.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         # From t_{1-L} at 0 to t_{L-1} at 2L - 2.
         t = torch.cat([self.t_anticausal[:, 1:].flip(1), self.t_causal], dim=1)

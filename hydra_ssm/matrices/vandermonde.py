@@ -49,6 +49,10 @@ class Vandermonde(StructuredMatrix):
         q, k, settings = inputs.features["q"], inputs.features["k"], inputs.settings
         return cls(inputs.documents, q, k, scale, settings.tolerance, settings.largest)
 
+    def sizes(self) -> tuple[int, int, int]:
+        B, L, H, _ = self.q.shape
+        return B, L, H
+
     def entries(self) -> Tensor:
         wide = torch.promote_types(self.q.dtype, torch.float32)  # angles grow with the position
         place = torch.arange(self.q.shape[1], device=self.q.device, dtype=wide) * (2 * math.pi * FREQUENCY)

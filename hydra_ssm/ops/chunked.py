@@ -54,7 +54,9 @@ def to_and_from_states(
     and what each row makes of the state that enters (.., Q, H). Zero, its log -inf, from one document to another."""
     end = 0 if t.upper else -1  # the token of a block that its successor meets first
     total = column[:, end]
-    weight, decay, read = t.dt * (total[:, None] - column).exp(), total, row.exp()
+    last = torch.arange(column.shape[1], device=column.device) == end % column.shape[1]  # of it nothing decays
+    passed = (total[:, None] - column).masked_fill(last[:, None], 0.0)
+    weight, decay, read = t.dt * passed.exp(), total, row.exp()
     if ids is not None:
         leaving = ids[:, end, None]
         entering = t.step(rearrange(leaving + 2, "(b c) 1 -> b c", b=batch)) - 2  # -2 where no block comes before
@@ -166,6 +168,7 @@ class _Half:
         self.decay = exponent.masked_fill_(~keep, -torch.inf).exp_()  # (n, H, Q, Q); masked before exp: no overflow
         self.scores = (_groups(self.C) @ _groups(self.B).mT).unsqueeze(2).to(self.decay.dtype)  # (n, G, 1, Q, Q)
         self.by_group = (G, -1)
+        self.upper, self.first = upper, 1 + int(strict)  # places from the diagonal on which decays depend
 
     def add_to(self, M: Tensor) -> None:
         """Add this triangle to M (n, H, Q, Q); takes the decay's memory, so call it last."""
@@ -182,7 +185,9 @@ class _Half:
         V = (dM * self.decay).unflatten(1, self.by_group)
         K = (V * self.scores).flatten(1, 2)
         ddt = K.sum(-2)
-        drow = (K @ dt.to(K.dtype)[..., None])[..., 0]
+        # Next to the diagonal nothing decays: the largest entries, whose gradients would cancel but for their rounding.
+        far = K.triu_(self.first) if self.upper else K.tril_(-self.first)
+        drow, dcolumn = (far @ dt.to(K.dtype)[..., None])[..., 0], -far.sum(-2) * dt
         dS = V.mul_(dt.unflatten(1, self.by_group)[..., None, :]).sum(2).to(dy.dtype)  # (n, G, Q, Q)
         state, B, C = self.state.to(dy.dtype), _groups(self.B), _groups(self.C)
         dread = (dy * self.from_state(dy)).sum(-1, dtype=self.read.dtype)
@@ -190,7 +195,7 @@ class _Half:
         dC = dS @ B + dout @ state.mT
         dB = dS.mT @ C
         dB, dC = dB.transpose(1, 2), dC.transpose(1, 2)
-        return _Parts(ddt.mT, drow.mT, -(ddt * dt).mT, dB, dC, dread, C.mT @ dout)
+        return _Parts(ddt.mT, drow.mT, dcolumn.mT, dB, dC, dread, C.mT @ dout)
 
 
 def _halves(

@@ -47,10 +47,12 @@ def _within(x: Tensor, t: Triangle, row: Tensor, column: Tensor, docs: Tensor | 
     """What each token reads in its own block (n, Q, H, P)."""
     Q, G = t.B.shape[1:3]
     keep = torch.ones(Q, Q, dtype=torch.bool, device=x.device)
-    keep = keep.triu(int(t.strict)) if t.upper else keep.tril(-int(t.strict))
+    first = int(t.strict)
+    far = keep.triu(first + 1) if t.upper else keep.tril(-first - 1)  # nearer nothing decays: no gradient, no rounding
+    keep = keep.triu(first) if t.upper else keep.tril(-first)
     if docs is not None:
         keep = keep & (docs[:, None, :, None] == docs[:, None, None, :])
-    exponent = row.mT[..., :, None] - column.mT[..., None, :]
+    exponent = (row.mT[..., :, None] - column.mT[..., None, :]).masked_fill(~far, 0.0)
     decay = exponent.masked_fill(~keep, -torch.inf).exp() * t.dt.mT[..., None, :]  # (n, H, Q, Q)
     scores = rearrange(t.C, "n q g s -> n g q s") @ rearrange(t.B, "n q g s -> n g s q")
     M = (decay.unflatten(1, (G, -1)) * scores[:, :, None]).flatten(1, 2)

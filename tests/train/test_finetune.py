@@ -203,6 +203,44 @@ def test_equal_texts_are_never_on_both_sides(model: Path, tmp_path: Path, monkey
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
+def test_a_quote_that_does_not_close_is_named_with_its_line_and_swallows_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    lines = ["text,label", "a,x", '"b, c",y', '"d stray,x', *(f"text {i},y" for i in range(30))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"opens in line 4 must close in its cell, up to line 34 there are"
+    ):
+        read_rows(path)
+    path.write_text('text,label\n"two\nlines",x\nbroken\nb,y\n', encoding="utf-8")
+    rows, remarks = read_rows(path)
+    assert [row["text"] for row in rows] == ["two\nlines", "b"]
+    assert remarks == [f"{path}: 1 broken lines left out (4)"]
+    (tmp_path / "UPPER.CSV").write_text("text,label\na,x\n", encoding="utf-8")
+    assert read_rows(tmp_path / "UPPER.CSV")[0] == [{"text": "a", "label": "x"}]
+    path.write_text('"text";"label, gold"\na;x\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"it holds none, but 1 lines of another number of cells than the first \(2\)"):
+        read_rows(path)
+
+
+def test_a_few_bad_labels_do_not_change_what_rows_are_for() -> None:
+    rows = [{"words": ["a", "b"], "tags": ["O", "B-X"]} for _ in range(20)]
+    rows[3]["tags"] = ["O"]
+    problem = guess(rows, None, [], None)
+    assert problem.task == "tagging"
+    assert take(rows, problem, "d").remarks == ["d: 1 of 20 rows left out, with more or fewer tags than words"]
+    lists = [{"text": "a", "label": ["x"]}, {"text": "b", "label": "y"}]
+    assert take(lists, Problem("classification", ("text",), "label"), "d").remarks == [
+        "d: 1 of 2 rows left out, whose label is a list: --task tagging takes those"
+    ]
+    scores = [{"text": f"text {i}", "score": i / 7} for i in range(40)]
+    scores[5]["score"] = float("nan")  # as Python writes and reads JSON
+    problem = guess(scores, None, [], None)
+    assert problem.task == "regression"
+    assert take(scores, problem, "d").remarks == ["d: 1 of 40 rows left out, without a label"]
+    names = [{"text": "a", "class": f"{i}_{j}"} for i in range(5) for j in range(7)]
+    assert guess(names, None, [], None).task == "classification"
+
+
 def test_rows_that_teach_nothing_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text('text,label\na,x\n"b, with a comma",\n,y\nbroken\nd,y\n,\n', encoding="utf-8-sig")

@@ -66,13 +66,13 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     Raises UserError where there is no such file, its kind is unknown, or it has no row.
     """
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise UserError(f"the data must be a file of {', '.join(readers)}, got {path}")
     rows: list[Row] = []
     broken: list[int] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in readers[path.suffix](file, path):
+            for line, row in readers[path.suffix.lower()](file, path):
                 if row is None:
                     broken.append(line)
                 else:
@@ -81,16 +81,17 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise UserError(f"{path} must be UTF-8 text, it is not: {error.reason}") from error
     except csv.Error as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if not rows:
-        raise UserError(f"{path} must hold rows, it holds none")
     named = f"{', '.join(map(str, broken[:5]))}{', ...' if len(broken) > 5 else ''}"
+    if not rows:
+        why = f", but {len(broken)} lines of another number of cells than the first ({named})" if broken else ""
+        raise UserError(f"{path} must hold rows, it holds none{why}")
     return rows, [f"{path}: {len(broken)} broken lines left out ({named})"] if broken else []
 
 
 def _csv(file: Any, path: Path) -> Iterator[tuple[int, Row | None]]:
     """With quotes as CSV has them; a TSV file has none. Lines are split at semicolons where the first has no comma."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    if path.suffix == ".tsv":
+    if path.suffix.lower() == ".tsv":
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         header = file.readline()
@@ -99,9 +100,17 @@ def _csv(file: Any, path: Path) -> Iterator[tuple[int, Row | None]]:
     columns = next(reader, [])
     if twice := [name for name, times in Counter(columns).items() if times > 1]:
         raise UserError(f"{path} must name each column once, it names {twice[0]!r} more than once")
+    first = reader.line_num + 1
     for cells in reader:
+        whole = len(cells) == len(columns)
+        if not whole and reader.line_num > first:
+            raise UserError(
+                f"{path}: the quote that opens in line {first} must close in its cell, up to line {reader.line_num} "
+                f"there are {len(cells)} cells for {len(columns)} columns: write a quote inside of a cell twice"
+            )
         if cells:
-            yield reader.line_num, dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else None
+            yield first, dict(zip(columns, cells, strict=True)) if whole else None
+        first = reader.line_num + 1
 
 
 def _jsonl(file: Any, path: Path) -> Iterator[tuple[int, Row | None]]:
@@ -148,7 +157,8 @@ def _has_tags(rows: Sequence[Row], by_name: dict[str, str], texts: Sequence[str]
     pairs = [(split(row.get(words[0])), split(row.get(tags[0]))) for row in rows[:100]]
     lists = any(isinstance(row.get(tags[0]), list) for row in rows[:100])
     named = words[0].lower() in WORDS and any(len(found) > 1 for _, found in pairs)
-    return (lists or named) and all(len(first) == len(second) for first, second in pairs)
+    alike = sum(len(first) == len(second) for first, second in pairs)
+    return (lists or named) and 2 * alike > len(pairs)  # single rows may have a tag too few: they are left out
 
 
 def split(value: Any) -> list[str]:
@@ -189,17 +199,19 @@ def _kind(values: Sequence[Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A cell's text; "" for one that is empty."""
-    return "" if value is None else HALF.sub("\ufffd", str(value)).strip()
+    """A cell's text; "" for one that is empty, as JSON's null and NaN are."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if missing else HALF.sub("\ufffd", str(value)).strip()
 
 
 def as_number(value: Any) -> float | None:
-    """What a cell says, if that is a finite number."""
+    """What a cell says, if that is a finite number; 1_0 is none, though Python reads it."""
+    text = _text(value)
     try:
-        number = float(_text(value))
+        number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and "_" not in text else None
 
 
 def take(rows: Sequence[Row], problem: Problem, source: object) -> Rows:
@@ -227,6 +239,8 @@ def _example(row: Row, problem: Problem) -> tuple[tuple[Any, ...], Any, str]:
         return (words,), label, fault or ("with more or fewer tags than words" if len(words) != len(label) else "")
     texts, label = tuple(_text(row.get(name)) for name in problem.texts), _text(row.get(problem.label))
     fault = "without a label" if not label else "without text" if not all(texts) else ""
+    if isinstance(row.get(problem.label), list | dict):
+        fault = "whose label is a list: --task tagging takes those"
     if problem.task == "regression" and not fault:
         label = as_number(label)
         fault = "whose label is not a number" if label is None else ""
