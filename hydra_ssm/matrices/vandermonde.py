@@ -25,7 +25,7 @@ MOST_NODES = 192  # of the interpolation; beyond, a non-uniform FFT is faster
 class Vandermonde(StructuredMatrix):
     """M_ij = sum_d (cos(2 pi e q_id j) - cos(2 pi e k_jd i)) / sqrt(2 max_length d), e = 1e-3. O(L log L).
 
-    The product is exact to a tolerance. While angles stay small, up to 350 or so at the last token, a few nodes in time
+    The product is exact to a tolerance. While angles stay small, up to 320 or so at the last token, a few nodes in time
     interpolate all cosines; their number follows from the largest of q and k, which a GPU's host waits for. Larger
     angles take a non-uniform FFT, and so do all where nothing can be waited for, see `_static`. Where
     `largest` is known, the first way is the same operations for all values, as CUDA graphs of short sequences ask for,

@@ -207,9 +207,7 @@ def test_a_quote_that_does_not_close_is_named_with_its_line_and_swallows_no_rows
     path = tmp_path / "data.csv"
     lines = ["text,label", "a,x", '"b, c",y', '"d stray,x', *(f"text {i},y" for i in range(30))]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"opens in line 4 must close in its cell, up to line 34 there are"
-    ):
+    with pytest.raises(UserError, match=r"opens in line 4 must close in its cell, up to line 34 there are"):
         read_rows(path)
     path.write_text('text,label\n"two\nlines",x\nbroken\nb,y\n', encoding="utf-8")
     rows, remarks = read_rows(path)
