@@ -235,6 +235,10 @@ def test_a_few_bad_labels_do_not_change_what_rows_are_for() -> None:
     problem = guess(scores, None, [], None)
     assert problem.task == "regression"
     assert take(scores, problem, "d").remarks == ["d: 1 of 40 rows left out, without a label"]
+    commas = [{"text": "a", "score": "1.5"}, {"text": "b", "score": "2,5"}]
+    assert take(commas, Problem("regression", ("text",), "score"), "d").remarks == [
+        "d: 1 of 2 rows left out, whose label is not a number: write 0.5 for 0,5"
+    ]
     names = [{"text": "a", "class": f"{i}_{j}"} for i in range(5) for j in range(7)]
     assert guess(names, None, [], None).task == "classification"
 

@@ -242,6 +242,7 @@ def _example(row: Row, problem: Problem) -> tuple[tuple[Any, ...], Any, str]:
     if isinstance(row.get(problem.label), list | dict):
         fault = "whose label is a list: --task tagging takes those"
     if problem.task == "regression" and not fault:
+        comma = as_number(label.replace(",", ".")) is not None
         label = as_number(label)
-        fault = "whose label is not a number" if label is None else ""
+        fault = "" if label is not None else f"whose label is not a number{comma * ': write 0.5 for 0,5'}"
     return texts, label, fault
