@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autograd import closed_form
+from ..ops.backend import transforming
 
 Term = Callable[[Tensor, Tensor], Tensor]
 
@@ -18,6 +20,9 @@ def sum_over_features(term: Term, q: Tensor, k: Tensor) -> Tensor:
 
     Terms are computed one by one, and again for the gradient: memory stays that of a few (B, H, L, L).
     """
+    if transforming():  # which takes no gradient in a closed form
+        pairs = zip(q.unbind(-1), k.unbind(-1), strict=True)
+        return reduce(torch.add, [term(one.mT[..., None], other.mT[..., None, :]) for one, other in pairs])
     return _Sum.apply(term, q.permute(3, 0, 2, 1)[..., :, None], k.permute(3, 0, 2, 1)[..., None, :])
 
 

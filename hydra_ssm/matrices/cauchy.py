@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..ops.backend import transforming
 from ._exponential_sum import exponential_sum
 from ._precision import at_least_float32, tolerance
 from ._reciprocal import exponents_and_weights
@@ -63,6 +64,8 @@ class Cauchy(StructuredMatrix):
         return (sum_over_features(term, q + c, k + c) * self.scale).to(self.q.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
+        if transforming():  # which takes no gradient in a closed form
+            return torch.einsum("bhij,bjhp->bihp", self.entries(), x)
         q, k, c = self._nodes()
         (q, least_q), (k, least_k) = (self._above_least(t) for t in (q, k))
         D = (least_q + least_k + 2 * c + FLOOR).detach()  # (B, H, d, 1), the least denominators

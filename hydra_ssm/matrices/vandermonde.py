@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..ops.backend import transforming
 from ._cosines import cosines, rank
 from ._nonuniform import any_cosines
 from ._precision import at_least_float32, tolerance
@@ -63,6 +64,8 @@ class Vandermonde(StructuredMatrix):
         return (sum_over_features(term, self.q.to(wide), self.k.to(wide)) * self.scale).to(self.q.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
+        if transforming():  # which takes no gradient in a closed form
+            return torch.einsum("bhij,bjhp->bihp", self.entries(), x)
         q, k, wide = (rearrange(at_least_float32(t), "b l h d -> (b h) l d") for t in (self.q, self.k, x))
         allowed, largest = tolerance(self.tolerance, x.dtype), self.largest
         if largest is None and not _static(x):
