@@ -228,7 +228,8 @@ def test_every_head_learns_saves_and_loads_by_its_auto_class(task: str, kind: st
     assert not any(report.values())
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(model(**batch)[1], loaded.eval()(**batch)[1])
+    # Where weights begin in memory decides on some processors how a product with one column is summed.
+    torch.testing.assert_close(model(**batch)[1], loaded.eval()(**batch)[1])
 
 
 def test_a_classifier_starts_from_a_masked_lm_or_from_another_classifier(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_dropped_branch_is_gone_for_its_document_alone_and_the_mean_stays():
     with torch.no_grad():
         first, whole = encoder(h, states=[1, 2]).unbind(2)
         found = encoder.train()(h.expand(400, -1, -1), states=[2])[:, :, 0]
-        gone = (found == first).flatten(1).all(1)
+        gone = torch.isclose(found, first, rtol=1e-12, atol=1e-12).flatten(1).all(1)  # batches round in their own way
         torch.testing.assert_close(found[~gone], (2 * whole - first).expand(int((~gone).sum()), -1, -1))
         assert 150 < gone.sum() < 250
         packed = encoder(h.expand(40, -1, -1).reshape(1, 200, 16), cu_seqlens=torch.arange(0, 201, 5), states=[2])
