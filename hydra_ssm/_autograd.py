@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A static `backward` that is no further differentiable, in the precision of what it is given.
+    """A static `backward` to a tuple that is no further differentiable, in the precision of what it is given.
 
     What it finds hangs on all that it is made of, so that differentiating it raises, whatever by. torch's own
     `once_differentiable` raises only where a gradient is wanted of everything.
@@ -30,10 +30,9 @@ def closed_form(backward: Callable[..., Any]) -> Callable[..., Any]:
         made_of = [t for t in (grad, *given.saved_tensors) if t is not None and t.requires_grad]
         if not made_of:
             return found
-        alone = not isinstance(found, tuple)
-        gradients = [t for t in ((found,) if alone else found) if t is not None]
+        gradients = [t for t in found if t is not None]
         tied = iter(_Once.apply(len(gradients), *gradients, *made_of))
-        return next(tied) if alone else tuple(None if t is None else next(tied) for t in found)
+        return tuple(None if t is None else next(tied) for t in found)
 
     return once
 
