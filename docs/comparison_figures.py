@@ -142,7 +142,7 @@ def pretrained(report: Report) -> list[str]:
     for stage, what in (("tokens", "the same tokens"), ("seconds", "the same seconds")):
         for s in (s for s in report["summary"] if s["stage"] == stage):
             speed = marked(report, s)
-            tokens, seconds = (with_spread(s[name], ",.0f") for name in ("tokens", "seconds"))
+            tokens, seconds = f"{s['tokens']['mean']:,.0f}", with_spread(s["seconds"], ".1f")
             body.append(
                 [
                     f"{s['model']}, {what}",
@@ -235,10 +235,11 @@ def caveats(report: Report) -> list[str]:
     lengths = [s for s in summary if s["stage"] == "length"]
     if lengths:
         found.append("Longer rows have one seed. Rows and hidden tokens are not those of the pretraining.")
-    for s in lengths:
-        if (more := s["parameters"] - known.get(s["model"], s["parameters"])) > 0:
+    for model in MODELS:
+        longer = ((s, s["parameters"] - known.get(model, s["parameters"])) for s in lengths if s["model"] == model)
+        if more := [f"{count:,} at {s['length']:,}" for s, count in longer if count > 0]:
             found.append(
-                f"At {s['length']:,}, {s['model']} has {more:,} more parameters: learned positions, which begin as "
+                f"{model} has more parameters in longer rows, {' and '.join(more)}: learned positions, which begin as "
                 "repeats of those that were trained."
             )
     return ["### What these figures do not say", "", *(line for text in found for line in filled(text, "- ")), ""]
