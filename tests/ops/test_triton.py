@@ -386,6 +386,18 @@ def test_strong_decay_costs_float32_no_digits() -> None:
             assert error(a, b) < 5e-7, name
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+@pytest.mark.parametrize("step", [2.0, 5.0])
+def test_gradients_of_a_keep_their_digits_where_tokens_forget_at_once(step, documents) -> None:
+    """What neighbours give, of which nothing decays, is nearly all of the sums and no part of these gradients."""
+    x, dt_f, dt_b, _, *rest = case(length=75, heads=4, documents=documents)
+    A = torch.tensor([-1.0, -2.718, -1.5, -2.0], device=DEVICE)
+    args, dy = (x, step + dt_f, step + dt_b, A, *rest), torch.randn_like(x)
+    ours = backward(dy, args, plan(16, 2, 0, False))[NAMES.index("A")]
+    theirs = exact(args, dy)[1][NAMES.index("A")]
+    assert ((ours - theirs) / theirs).abs().max() < 1e-4  # head by head
+
+
 def test_tokens_after_decay_beyond_all_numbers_keep_their_digits() -> None:
     x, dt_f, dt_b, *rest = case(length=40, strong=1e5)
     dt_f[:, ::3] *= 1e-6

@@ -2,12 +2,13 @@
 
 With R and Q the row and column sums of K within the chunk, Rst and Cst those through the states, per direction:
 
-    da_k = sum_{i > k} (R_i + Rst_i - Q_{i - 1}) + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
+    da_k = sum_{i >= k} (R_{i + 1} + Rst_{i + 1} - Q_i) + sum_{j < k} Cst_j + 2^total <T, S>      (mirrored: anticausal)
 
-and sum_{i >= k} (R_i + Rst_i - Q_i) in place of the first sum where rows are not shifted.
+where rows are shifted; R_i + Rst_i in their first place where they are not.
     ddt = (Q + Cst) / dt + A da      dA = sum dt da
 
-What neighbours give, which has no decay and under strong decay is nearly all, cancels in R_i - Q_{i - 1} to the digit.
+What neighbours give has no decay. Under strong decay it is nearly all of R and Q, and would cancel in da but for its
+rounding, so float32 keeps it apart and adds it to Q for ddt alone; no sum that a token is not part of passes it.
 
 Raw steps: draw = ddt (d dt / d raw), dbias = sum draw, dA_log = A dA.
 """
@@ -39,28 +40,30 @@ def _two(pointer, at, keep):
 
 @triton.jit
 def _direction(
-    dt, ddt, rows, columns, neighbours, state_sums, state_stride, products, at, at_chunk, keep, exists, rate, bias,
-    low, high, h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
+    dt, ddt, rows, columns, whole, state_sums, state_stride, products, at, at_chunk, keep, read, before, exists, rate,
+    bias, low, high, h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
     REVERSE: tl.constexpr, SHIFTED: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr,
     SMALLEST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens)."""
-    rows -= neighbours if SHIFTED else columns
+    """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens).
+
+    rows are those that read up to a token, at `read`; columns are as da takes them, whole as ddt does.
+    """
+    ON: tl.constexpr = -1 if REVERSE else 1
+    da = rows - columns
     if HAS_STATES:
-        rows += tl.load(state_sums + at, mask=keep, other=0.0)
-        through = tl.load(state_sums + state_stride + at, mask=keep, other=0.0)
-    da = tl.cumsum(rows, 1, reverse=not REVERSE)
-    if SHIFTED:
-        da -= rows
+        da += tl.load(state_sums + at + ON * SHIFTED, mask=read, other=0.0)
+    da = tl.cumsum(da, 1, reverse=not REVERSE)
     if HAS_STATES:
-        da += tl.cumsum(through, 1, reverse=REVERSE) - through
+        through = state_sums + state_stride
+        da += tl.cumsum(tl.load(through + at - ON, mask=before, other=0.0), 1, reverse=REVERSE)
         da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
-        columns += through
+        whole += tl.load(through + at, mask=keep, other=0.0)
     step = tl.load(dt + place[None, :] * stride_l + h[:, None] * stride_h, mask=keep, other=0.0)
     step, slope = final_steps(step, bias, low, high, exists, RAW)
     # Where nothing passes a token its da is zero; what the sums leave of it is rounding, and A may be large.
     da = tl.where(step * rate[:, None] < -MOST, 0.0, da)
-    grad = (columns / tl.where(step < SMALLEST, SMALLEST, step) + rate[:, None] * da) * slope
+    grad = (whole / tl.where(step < SMALLEST, SMALLEST, step) + rate[:, None] * da) * slope
     to = ddt + place[None, :] * out_stride_l + h[:, None] * out_stride_h
     tl.store(to, grad.to(ddt.dtype.element_ty), mask=keep)
     return tl.sum(grad, 1), tl.sum(step * da, 1)
@@ -76,6 +79,7 @@ def _step_grads_kernel(
     row_sums,
     beside,
     column_sums,
+    nears,
     ddiagonals,
     state_sums,
     products,
@@ -109,6 +113,7 @@ def _step_grads_kernel(
     RAW: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PAIR: tl.constexpr,
+    NEAR: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     HAS_STATES: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -134,24 +139,32 @@ def _step_grads_kernel(
         offset = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
         if HAS_IDS:
             exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[None, :]
-    rows_f, rows_b = _two(row_sums, at, keep)
+    before = keep & (i > 0)[None, :]
+    after = keep & ((i < Q - 1) & (place + 1 < L))[None, :]
+    read_f = after if SHIFTED else keep
+    read_b = before if SHIFTED else keep
+    rows_f, _ = _two(row_sums, at + SHIFTED, read_f)
+    _, rows_b = _two(row_sums, at - SHIFTED, read_b)
     columns_f, columns_b = _two(column_sums, at, keep)
-    left, _ = _two(column_sums, at - 1, keep & (i > 0)[None, :])
-    _, right = _two(column_sums, at + 1, keep & ((i < Q - 1) & (place + 1 < L))[None, :])
     if PAIR:
-        more = tl.load(beside + at, mask=keep, other=0.0)
-        rows_f += tl.where((i >= Q // 2)[None, :], more, 0.0)
-        rows_b += tl.where((i < Q // 2)[None, :], more, 0.0)
+        rows_f += tl.load(beside + at + SHIFTED, mask=read_f & (i + SHIFTED >= Q // 2)[None, :], other=0.0)
+        rows_b += tl.load(beside + at - SHIFTED, mask=read_b & (i - SHIFTED < Q // 2)[None, :], other=0.0)
+    whole_f = columns_f
+    whole_b = columns_b
+    if NEAR:
+        near_f, near_b = _two(nears, at, keep)
+        whole_f += near_f
+        whole_b += near_b
     raw_f, dA_f = _direction(
-        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, left,
-        state_sums, state_stride, products, at, at_chunk, keep, exists, rate_f, offset, low, high, h, H, place,
-        stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
+        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, whole_f,
+        state_sums, state_stride, products, at, at_chunk, keep, read_f, before, exists, rate_f, offset, low, high, h, H,
+        place, stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     raw_b, dA_b = _direction(
-        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, right,
-        state_sums + 2 * state_stride, state_stride, products + product_stride, at, at_chunk, keep, exists, rate_b,
-        offset, low, high, h, H, place,
-        stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
+        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, whole_b,
+        state_sums + 2 * state_stride, state_stride, products + product_stride, at, at_chunk, keep, read_b, after,
+        exists, rate_b, offset, low, high, h, H,
+        place, stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
     )  # fmt: skip
     if RAW:
         dA_f *= rate_f
@@ -214,12 +227,13 @@ def step_grads(
     _step_grads_kernel[batch * held, cdiv(H, block)](
         dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
         tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
+        tiles.rows if tiles.near is None else tiles.near,
         tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,
         tiles.rows if products is None else products, to.ddt_f, to.ddt_b, to.sums,
         to.sums if to.ddiagonal is None else to.ddiagonal, L, H, cdiv(L, Q), start, held, steps.A_stride,
         *steps.limits, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
-        *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHIFTED=shifted, RAW=bias is not None,
-        HAS_IDS=ids is not None, PAIR=tiles.beside is not None, HAS_DIAGONAL=to.ddiagonal is not None,
-        HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP, MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block,
-        num_warps=4,
+        *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHIFTED=int(shifted),
+        RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None, NEAR=tiles.near is not None,
+        HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
+        MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Everything is transposed, tokens j that are read as rows and tokens i that read as columns, so that M^T is the left
 operand of dx = M^T dy. A program owns a tile of tokens j and loops over the heads of a group with dS^T in registers;
 after the loop dS^T gives the tile's part of dB and dC, and the states' part is added. Row and column sums of
-K = dM o M, per head, are what dt and A need.
+K = dM o M, per head, are what dt and A need; float32 keeps apart what neighbours give, of which nothing decays.
 
 A chunk is one tile. Only where one chunk is the whole sequence may it have two (a pair): each has the block on the
 diagonal, where both directions meet, and the block beside it, which has one direction and no mask.
@@ -67,6 +67,7 @@ def _value_grads_kernel(
     row_sums,
     other_sums,
     column_sums,
+    nears,
     beside,
     dB_f,
     dC_f,
@@ -124,6 +125,7 @@ def _value_grads_kernel(
     What a program writes of x, B and C no other reads: gradients may take their places. It has read them before.
     """
     Q: tl.constexpr = ROWS * (1 + PAIR)
+    NEAR: tl.constexpr = SHIFTED * (1 - FOLDED)  # neighbours' entries apart; but for the one between a pair's tiles
     dtype: tl.constexpr = x.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
     part = (pid % (1 + PAIR)).to(tl.int32)
@@ -191,6 +193,7 @@ def _value_grads_kernel(
     row_sums += there * 2
     other_sums += there
     column_sums += there * 2
+    nears += there * 2
     totals += (first * chunks + chunk) * 2
     adjoint += ((batch * held + held_at) * G + group) * (HEADS * N * P)
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
@@ -224,9 +227,15 @@ def _value_grads_kernel(
         # On the diagonal the weight is no decay and may be infinite: what it spoils there is replaced.
         matrix, K = _entries(weight, scores, dmatrix, PACKED)
         dscores += weight * dmatrix
+        to = (sums_at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        if NEAR:
+            next_f = r[None, :] == r[:, None] + 1
+            next_b = r[None, :] == r[:, None] - 1
+            near_f = tl.sum(tl.where(next_f, K, 0.0), 1)
+            tl.store(nears + to, tl.join(near_f, tl.sum(tl.where(next_b, K, 0.0), 1)))
+            K = tl.where(next_f | next_b, 0.0, K)
         K_f = tl.where(lower, K, 0.0)
         K_b = tl.where(upper, K, 0.0)
-        to = (sums_at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(row_sums + to, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
         column_sum_f = tl.sum(K_f, 1)
         column_sum_b = tl.sum(K_b, 1)
@@ -371,6 +380,7 @@ class TileSums(NamedTuple):
     rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
     beside: Tensor | None  # (B, H, L') in a pair's blocks beside it: causal in the second tile, anticausal in the first
     columns: Tensor  # (B, H, L', 2) column sums of K
+    near: Tensor | None  # (B, H, L', 2) what the next row of a column, or the one before, has in it, if kept apart
     diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
 
 
@@ -395,6 +405,7 @@ def value_grads(
         new(batch, H, held * Q, 2),
         new(batch, H, Q) if pair else None,
         new(batch, H, held * Q, 2),
+        new(batch, H, held * Q, 2) if decays.shifted and decays.steps is not None else None,
         None if decays.diagonal is None or back is not None else new(batch, H, held * Q),
     )
     beside = new(2, batch, G, Q, N) if pair else sums.rows
@@ -405,8 +416,9 @@ def value_grads(
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
         sums.rows if sums.diagonal is None else sums.diagonal,
-        sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns, beside, *dfeatures, L, G, chunks,
-        start, held, 0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
+        sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns,
+        sums.rows if sums.near is None else sums.near, beside, *dfeatures, L, G, chunks, start, held,
+        0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         ALL_HEADS=0 if back is None else max(16, next_power_of_2(H)), HAS_STATES=adjoint is not None,
         FOLDED=decays.steps is None, PACKED=x.dtype == torch.bfloat16, ROWS=Q // (1 + pair), N=N, P=P,
