@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except BaseException as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if code is None or os.environ.get("HYDRA_SSM_TRACEBACK"):
             raise
-        _say("error", _one_line(error))
+        _say("error", one_line(error))
         return code
     return 0
 
@@ -141,7 +141,7 @@ def _is_rule(line: str) -> bool:
     return not line.strip("╰╯─- ")
 
 
-def _exit_code(error: BaseException) -> int | None:
+def exit_code(error: BaseException) -> int | None:
     """2 for what the user can repair, 128 and the signal for what a signal stopped, None for a mistake of ours."""
     if isinstance(error, KeyboardInterrupt):
         return 130
@@ -150,7 +150,7 @@ def _exit_code(error: BaseException) -> int | None:
     return getattr(error, "exit_code", MISTAKE if isinstance(error, ValueError | OSError) else None)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:

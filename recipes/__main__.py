@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra_ssm.cli import MISTAKE
+from hydra_ssm.cli import exit_code, one_line
 from hydra_ssm.train.comparison import compare
-from hydra_ssm.train.distributed import restarted
 from hydra_ssm.train.errors import UserError
 from hydra_ssm.train.folder import RunFolder
 from hydra_ssm.train.pretrain import pretrain, resume
@@ -46,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.name in COMPARISONS:
             _compare(asked.name, asked.sources, out, given)
         else:
-            again = restarted() and RunFolder(out).exists()  # the launcher repeats the command after a process has died
-            _pretrain(asked.name, asked.sources, out, asked.resume or again, given)
-    except (UserError, TypeError) as error:  # the latter of settings that there are not
-        print(f"recipes: error: {error}", file=sys.stderr)
-        return MISTAKE
+            _pretrain(asked.name, asked.sources, out, asked.resume or RunFolder(out).is_again(), given)
+    except BaseException as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"recipes: error: {one_line(error)}", file=sys.stderr)
+        return code
     return 0
 
 
@@ -67,9 +68,9 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _pretrain(name: str, sources: list[str], out: Path, again: bool, given: dict[str, Any]) -> None:
-    recipe = PRETRAINING[name](*sources, **given)
+    recipe = _of_settings(PRETRAINING[name], *sources, **given)
     if again:
-        resume(out, given | {"preset": recipe.preset})
+        resume(out, given | {"preset": recipe.preset} | ({"sources": recipe.sources} if sources else {}))
     else:
         pretrain(recipe, out)
 
@@ -77,7 +78,14 @@ def _pretrain(name: str, sources: list[str], out: Path, again: bool, given: dict
 def _compare(name: str, sources: list[str], out: Path, given: dict[str, Any]) -> None:
     if len(sources) != 1:
         raise UserError(f"a comparison needs one folder that `hydra-ssm compare prepare` wrote, got {len(sources)}")
-    compare(sources[0], out, **COMPARISONS[name](**given))
+    compare(sources[0], out, **_of_settings(COMPARISONS[name], **given))
+
+
+def _of_settings(recipe: Callable[..., Any], *sources: str, **given: Any) -> Any:
+    try:
+        return recipe(*sources, **given)
+    except TypeError as error:  # of settings that there are not
+        raise UserError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from hydra_ssm.train.comparison import Plan
 
 
 def compare_medium(**given: Any) -> dict[str, Any]:
-    """38M parameters, ten passes over 17 million tokens of books, three seeds; then GLUE's whole tasks, longer rows,
-    and the faster model on as many seconds as the slower one takes. About half an hour on one H100.
+    """38M parameters, six passes over 17 million tokens of books, three seeds; then GLUE's whole tasks, longer rows,
+    and the faster model on as many seconds as the slower one takes. About 40 minutes on one H100.
 
-    Expect: docs/results.md has what came out.
+    Expect: docs/results.md has what came out, of these settings.
     """
     return asdict(Plan(**given))
 

@@ -37,7 +37,7 @@ class Settings:
     vocab_size: Annotated[int | None, _by_preset("N")] = None
     """Most tokens of a trained tokenizer."""
     length: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 128)")] = None
-    """Tokens of a row; longer documents are cut."""
+    """Tokens of a row; longer documents take several."""
     batch_size: Annotated[int | None, _by_preset("N")] = None
     """Rows in a step."""
     accumulate: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
@@ -122,7 +122,7 @@ def pretrain(
     for package in ("accelerate", "matplotlib", "rich", "tensorboard"):  # missing at the start of a run, not at its end
         require(package, extra="train")
     from ..train.data.shards import settings_of
-    from ..train.distributed import is_first, restarted
+    from ..train.distributed import is_first
     from ..train.errors import UserError
     from ..train.folder import RunFolder
     from ..train.pretrain import Recipe, example
@@ -136,8 +136,7 @@ def pretrain(
     out = out or Path("runs") / (further or preset or "hydra-tiny")
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite removes it: give one of them")
-    again = restarted() and RunFolder(out).exists()  # the launcher repeats the command after a process has died
-    if resume or again:
+    if resume or RunFolder(out).is_again():
         recipe, score = go_on(out, {**given, **({"preset": preset} if preset else {})})
     else:
         recipe = Recipe.of(preset or (None if model else "hydra-tiny"), **settings_of(sources) | given)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoints import MANIFEST, UNFINISHED, damage, remove, restore, sync, whole_folder
+from .distributed import restarted
 from .errors import UserError
 from .recipe import Recipe
 from .records import write_json
@@ -30,11 +31,16 @@ class RunFolder:
         self.tensorboard = self.training / "tensorboard"
         self.recipe = self.training / "recipe.json"
         self.finished = self.training / "finished.json"
+        self.overwriting = path / f"{UNFINISHED}overwriting"  # there while a run stands in the place of the next one
 
     def exists(self) -> bool:
         """Whether a run has begun here. Brings back one that a killed process was about to replace."""
         restore(self.training)
         return self.recipe.is_file()
+
+    def is_again(self) -> bool:
+        """Whether the launcher repeats the command that began the run here, as it does after a process has died."""
+        return restarted() and self.exists() and not self.overwriting.exists()
 
     def read_recipe(self) -> Recipe:
         """Raises UserError where there is no run or its settings cannot be read."""
@@ -66,6 +72,8 @@ class RunFolder:
     def begin(self, overwrite: bool) -> Iterator[Path]:
         """A folder to prepare, which becomes `training` when it is complete: only then is an old run removed."""
         self.check_free(overwrite)
+        if self.exists():
+            self.overwriting.touch()
         old, new = self.result(), not self.path.exists()
         try:
             with whole_folder(self.training) as part:
@@ -76,6 +84,7 @@ class RunFolder:
             raise
         for name in old:
             remove(self.path / name)
+        remove(self.overwriting)
 
     def check_prepared(self) -> None:
         """Raises UserError where what the run is made of has changed, so that it cannot go on as it began."""

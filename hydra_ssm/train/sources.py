@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,9 @@ def _folder(path: Path, column: str) -> Texts:
     if not texts and not data:
         kinds = ", ".join(sorted(TEXT | DATA.keys()))
         raise UserError(f"the folder {path} must hold text or data files ({kinds}), it holds none that is not empty")
+    if other := [p for p in files if p.suffix not in TEXT | DATA.keys()]:
+        what = f"{len(other)} of {len(files)} files in {path} are of other kinds and left alone"
+        warnings.warn(f"{what}, such as {other[0].relative_to(path)}", stacklevel=2)
     return Files(texts) if texts else _data_folder(path, data, column)
 
 

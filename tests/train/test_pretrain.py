@@ -244,6 +244,27 @@ def test_what_a_killed_process_left_is_removed(finished: Path, tmp_path: Path) -
     assert_same_bits(tmp_path, finished)
 
 
+def killed_while_it_reads(out: Path) -> None:
+    with RunFolder(out).begin(overwrite=True):
+        os._exit(9)
+
+
+def test_a_launcher_that_begins_again_does_not_go_on_with_the_run_that_was_to_be_overwritten(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(finished, folder.path)
+    assert not folder.is_again()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert folder.is_again()
+    start(killed_while_it_reads, folder.path).join()
+    assert folder.exists()
+    assert not folder.is_again()
+    with folder.begin(overwrite=True) as part:
+        (part / "recipe.json").write_text("the new one's")
+    assert folder.is_again()
+
+
 def test_a_resumed_run_logs_each_step_once(finished: Path, tmp_path: Path) -> None:
     folder = unfinished(finished, tmp_path)
     shutil.rmtree(folder.checkpoints / "checkpoint-60")

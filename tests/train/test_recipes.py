@@ -1,5 +1,7 @@
 """The recipes hold the paper's numbers, and the tiny ones run."""
 
+import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hydra_ssm.text import HydraConfig, HydraForMaskedLM, preset
-from hydra_ssm.train.errors import UserError
+from hydra_ssm.train.errors import Interrupted, Stopped, UserError
 from hydra_ssm.train.prepare import EVALUATION_RATE
 from hydra_ssm.train.recipe import Recipe
 from hydra_ssm.train.trainer import arguments
@@ -125,6 +127,38 @@ def test_a_tiny_recipe_trains_and_goes_on(
     assert "already holds a run" in capsys.readouterr().err
     assert main([*command[:-1], "vocab_size=300", "--resume"]) == 2
     assert "vocab_size is 200 in the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [Stopped(3, 6, signal.SIGTERM, "runs/x"), Interrupted(signal.SIGTERM, "runs/x")])
+def test_a_signal_is_one_line_and_the_exit_code(
+    stopped: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr("recipes.__main__.pretrain", stop)
+    monkeypatch.setattr("recipes.__main__.compare", stop)
+    name = "hydra_tiny" if isinstance(stopped, Stopped) else "compare_tiny"
+    assert main([name, "texts", "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == f"recipes: error: {stopped}\n"
+
+
+@pytest.mark.slow
+def test_a_recipe_does_not_go_on_with_other_text(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--out", str(tmp_path / "run"), "--with", "steps=2", "batch_size=2", "length=32", "vocab_size=200"]
+    assert main(["hydra_tiny", str(text_file), *command]) == 0
+    other = tmp_path / "other.txt"
+    other.write_text("other text " * 100)
+    assert main(["hydra_tiny", str(other), *command, "--resume"]) == 2
+    assert "sources" in capsys.readouterr().err
+
+
+def test_the_comparison_is_the_one_whose_results_are_told() -> None:
+    page = Path(__file__).parents[2] / "results" / "comparison.json"
+    told = json.loads(page.read_text(encoding="utf-8"))["plan"]
+    assert json.loads(json.dumps(COMPARISONS["compare_medium"]())) == told
 
 
 def test_the_tiny_comparison_has_every_part() -> None:

@@ -50,12 +50,12 @@ class Plan:
     batch_tokens: int = 16_384
     norms: tuple[str, ...] = NORMS
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    further_rates: int = 3
+    further_rates: int = 2
     rate_tokens: int = 30_000_000
-    tokens: int = 168_000_000
+    tokens: int = 100_000_000
     seeds: tuple[int, ...] = (0, 1, 2)
     lengths: tuple[int, ...] = (128, 512, 2048, 8192)
-    length_tokens: int = 16_000_000
+    length_tokens: int = 10_000_000
     length_rate: float = 0.5
     mask_rate: float = 0.30
     evaluations: int = 20
