@@ -78,9 +78,11 @@ class RunFolder:
         try:
             with whole_folder(self.training) as part:
                 yield part
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UserError):  # a mistake leaves nothing behind
+                remove(self.overwriting)
             if new and self.path.exists() and not any(self.path.iterdir()):
-                self.path.rmdir()  # a mistake leaves nothing behind
+                self.path.rmdir()
             raise
         for name in old:
             remove(self.path / name)
