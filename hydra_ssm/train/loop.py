@@ -170,7 +170,7 @@ class Training:
                 self._evaluate()
             if save:
                 timer.begin()
-                self._save()
+                self.save()
                 timer.end()
                 if over:
                     return False
@@ -205,7 +205,8 @@ class Training:
         losses = ", ".join(f"{name} loss {point[f'{name}_loss']:.3f}" for name in self.texts)
         self.say(f"{self.course.name}: step {self.done:,} of {self.course.steps:,}, {losses}; {speed}")
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """A checkpoint, which `fit` goes on from."""
         state = {"net": self.trainee.net.state_dict(), "optimizer": self.trainee.optimizer.state_dict()}
         state |= {"total": self.trainee.total} | {name: getattr(self, name) for name in KEPT}
         with whole_folder(self.folder / f"checkpoint-{self.done}") as part:

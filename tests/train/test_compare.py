@@ -36,6 +36,7 @@ from hydra_ssm.train.comparison.run import (
     finished,
     longer,
     mean_of_parts,
+    train,
 )
 from hydra_ssm.train.comparison.tuning import best, choices, edges, next_runs
 from hydra_ssm.train.errors import UserError
@@ -478,6 +479,25 @@ def test_the_standard_error_of_a_loss_is_that_of_drawing_its_parts() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ whole
+
+
+def test_a_run_that_is_stopped_while_all_text_is_scored_is_scored_when_it_goes_on(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, how = Plan(**TINY), How()
+    run, fit = token_runs(plan, AT, 0)[0], Training.fit
+    never = Until(threading.Event(), math.inf)
+    whole = train(tmp_path / "whole", run, plan, data, never, how, lambda _: None)
+    asked = threading.Event()
+    monkeypatch.setattr(Training, "fit", lambda self, until: (fit(self, until), asked.set())[0])
+    assert train(tmp_path / "stopped", run, plan, data, Until(asked, math.inf), how, lambda _: None) is None
+    again = train(tmp_path / "stopped", run, plan, data, never, how, lambda _: None)
+    assert whole is not None
+    assert again is not None
+    assert [again[name] for name in ("losses", "parts", "training")] == [
+        whole[name] for name in ("losses", "parts", "training")
+    ]
+    assert len(again["curve"]) == len(whole["curve"])
 
 
 @pytest.mark.slow

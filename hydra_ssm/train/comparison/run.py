@@ -57,7 +57,11 @@ def train(out: Path, run: Run, plan: Plan, data: Data, until: Until, how: How, s
         try:
             if not training.fit(until):
                 return None
-            record |= _results(training) | _scores(training, plan, data, run.length)
+            scores = _scores(training, plan, data, run.length, until)
+            if scores is None:
+                training.save()
+                return None
+            record |= _results(training) | scores
         except NotFinite as error:
             say(f"{run.name} has diverged {error}")
             record["diverged"] = str(error)
@@ -118,14 +122,21 @@ def longer(net: HydraForMaskedLM, trained: int, length: int) -> HydraForMaskedLM
     return other
 
 
-def _scores(training: Training, plan: Plan, data: Data, length: int) -> Record:
-    """On all of each held-out text: loss, accuracy, the loss's standard error, and both of consecutive parts."""
+def _scores(training: Training, plan: Plan, data: Data, length: int, until: Until) -> Record | None:
+    """On all of each held-out text: loss, accuracy, the loss's standard error, and both of consecutive parts.
+
+    None where the time was over before: on a CPU all of a text may take minutes.
+    """
     found: dict[str, Record] = {"losses": {}, "accuracies": {}, "errors": {}, "parts": {}}
     for name in TEXTS:
         inputs, labels = data.evaluation(name, length)
         count = min(PARTS, len(inputs))
-        slices = zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True)
-        scores = [training.trainee.score(*own, plan.batch_tokens) for own in slices if (own[1] != IGNORED).any()]
+        scores = []
+        for own in zip(inputs.tensor_split(count), labels.tensor_split(count), strict=True):
+            if until.over():
+                return None
+            if (own[1] != IGNORED).any():
+                scores.append(training.trainee.score(*own, plan.batch_tokens))
         tokens = sum(s.tokens for s in scores)
         parts = [(s.loss, s.tokens) for s in scores]
         found["losses"][name], found["errors"][name] = mean_of_parts(parts)
