@@ -27,7 +27,7 @@ from hydra_ssm.cli import main
 from hydra_ssm.text.collators import MaskedLMCollator, Row
 from hydra_ssm.text.tokenizer import load_tokenizer, train_tokenizer
 from hydra_ssm.train.checkpoints import MANIFEST, UNFINISHED
-from hydra_ssm.train.data import documents, pipeline, prepare, shards
+from hydra_ssm.train.data import documents, inputs, pipeline, prepare, shards
 from hydra_ssm.train.data.documents import document
 from hydra_ssm.train.data.inputs import Input
 from hydra_ssm.train.data.prepare import prepare_shards
@@ -240,6 +240,60 @@ def test_a_damaged_row_group_leaves_the_others(prepared: Callable, tmp_path: Pat
     assert_adds_up(manifest)
 
 
+def test_a_damaged_file_of_a_saved_data_set_leaves_the_others(prepared: Callable, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    texts = [f"{i} the cat sees {random.Random(i).random()}" for i in range(90)]
+    folder = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_dict({"text": texts})).save_to_disk(folder, num_shards={"train": 3})
+    cut, missing = (folder / "train" / f"data-0000{i}-of-00003.arrow" for i in (0, 1))
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    missing.unlink()
+    other = tmp_path / "other"
+    Dataset.from_dict({"text": texts[:30]}).save_to_disk(other)
+    (other / "state.json").write_text("{}", encoding="utf-8")
+    manifest, out = prepared(folder, other, write_lines(tmp_path / "a.jsonl", ["the dog"]))
+    assert found(out) == expected([*texts[60:], "the dog"])
+    assert manifest["skipped"]["damaged"] == 3
+    places = [place.partition(": ")[0] for place in manifest["examples"]["damaged"]]
+    assert places == [str(cut), str(missing), str(other)]
+    assert_adds_up(manifest)
+
+
+def test_damage_within_a_saved_data_set_is_found(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["the cat"] * 100}).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    data = bytearray(path.read_bytes())
+    place = data.index(bytes([7, 0, 0, 0, 14, 0, 0, 0]))  # where the second and third text begin
+    data[place + 3] = 0x7F
+    path.write_bytes(data)
+    items = list(Input("saved", saved=tmp_path / "saved").items("file", "text"))
+    assert [item.problem for item in items] == ["damaged"]
+
+
+def test_a_saved_data_set_without_training_rows_is_refused(prepared: Callable, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(test=Dataset.from_dict({"text": ["a cat"]})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"saved must have a split train, it has test$"):
+        prepared(write_lines(tmp_path / "a.jsonl", ["the dog " * 150_000]), tmp_path / "saved", shard_tokens=100)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_files_with_nothing_in_them_are_counted_and_named(prepared: Callable, tmp_path: Path) -> None:
+    names = {"damaged": ["a.jsonl.gz", "b.csv.zst"], "empty": ["c.jsonl", "d.csv", "e.json", "f.jsonl.gz"]}
+    for name in (*names["damaged"], *names["empty"]):
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name == "f.jsonl.gz" else b"")
+    write_lines(tmp_path / "whole.jsonl", ["the dog"])
+    manifest, _ = prepared(tmp_path)
+    for problem, files in names.items():
+        assert manifest["skipped"][problem] == len(files)
+        assert [Path(place.partition(":")[0]).name for place in manifest["examples"][problem]] == files
+    assert_adds_up(manifest)
+
+
 def test_bad_records_are_counted_by_kind_and_the_others_kept(prepared: Callable, tmp_path: Path) -> None:
     good = ["the cat.", "a dog.", "half \ud83d of a pair " + "the cat " * 20, "the tree."]
     lines = [
@@ -270,6 +324,31 @@ def test_a_record_that_fits_no_memory_is_passed_over(
     manifest, out = prepared(write_lines(tmp_path / "a.jsonl", ["a cat.", "the " * 200, "a dog."]))
     assert manifest["skipped"]["too long"] == 1
     assert found(out) == expected(["a cat.", "a dog."])
+
+
+def test_a_stray_quote_or_a_ragged_row_of_csv_costs_its_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = [f"{i},text {i}" for i in range(20)]
+    rows[3], rows[9] = '"3,text 3', '"9,text 9'
+    rows[12:14] = ["12", "13,a,text 13"]
+    legal = 'x,"two\r\nlines, ""quoted"""'
+    path.write_bytes("\r\n".join(["n,text", *rows, legal]).encode())
+    items = list(Input("a", path).items("file", "text"))
+    kept = [f"text {i}" for i in range(20) if i not in (3, 9, 12, 13)]
+    assert [item.text for item in items if not item.problem] == [*kept, 'two\nlines, "quoted"']
+    assert [item.where.partition(": ")[0] for item in items if item.problem] == ["a:5", "a:11", "a:14", "a:15"]
+    assert {item.problem for item in items} == {"", "malformed"}
+
+
+def test_a_truncated_file_without_line_ends_keeps_what_is_before(tmp_path: Path) -> None:
+    text = " ".join(random.Random(0).choices(NOUNS, k=50_000))
+    data = gzip.compress(text.encode())
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(data[: len(data) * 9 // 10])
+    items = list(Input("a", path).items("file", "text"))
+    assert [item.problem for item in items] == ["", "damaged"]
+    assert text.startswith(items[0].text)
+    assert len(items[0].text) > 0.8 * len(text)
 
 
 def test_files_that_are_no_text_are_counted_and_named(prepared: Callable, tmp_path: Path) -> None:
@@ -770,6 +849,111 @@ def test_a_begun_preparation_refuses_other_files(here: Path, capsys: pytest.Capt
     write_lines(Path("a.jsonl"), TEXTS)
     assert main([*PREPARE, "--out", "shards", "--overwrite"]) == 0
     assert not list(Path("shards").glob("progress*"))
+
+
+def save_rows(name: str, texts: Sequence[str]) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": list(texts)}).save_to_disk(name)
+
+
+def edit(place: int) -> None:
+    data = bytearray(Path("a.jsonl").read_bytes())
+    data[place if place >= 0 else len(data) + place] ^= 1
+    times = Path("a.jsonl").stat()
+    Path("a.jsonl").write_bytes(data)
+    os.utime("a.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+CHANGES = {
+    "rows": lambda: save_rows("saved", TEXTS[:30]),
+    "other rows of the same size": lambda: save_rows("saved", [text.replace("cat", "dog") for text in TEXTS[:40]]),
+    "beginning": lambda: edit(20),
+    "middle": lambda: edit(200_000),
+    "end": lambda: edit(-9),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_finished_shards_are_not_taken_for_those_of_changed_sources(change: str, here: Path) -> None:
+    save_rows("saved", TEXTS[:40])
+    write_lines(Path("a.jsonl"), ["the cat " * 50_000])
+    settings = Settings(("saved", "a.jsonl"), "tokenizer", length=32, held_out=0.0)
+    for _ in range(2):
+        prepare_shards(settings, Path("shards"), jobs=1)
+    size = Path("a.jsonl").stat().st_size
+    CHANGES[change]()
+    assert Path("a.jsonl").stat().st_size == size
+    with pytest.raises(UserError, match="shards holds shards of other files than there are now"):
+        prepare_shards(settings, Path("shards"), jobs=1)
+
+
+def test_what_an_earlier_version_did_not_note_of_sources_is_not_compared(here: Path) -> None:
+    def stop(*_: object) -> None:
+        raise Killed
+
+    save_rows("saved", TEXTS[:40])
+    settings, out = Settings(("saved", "a.jsonl"), "tokenizer", length=32, held_out=0.1), Path("shards")
+    with pytest.raises(Killed):
+        prepare_shards(settings, out, jobs=1, show=stop)
+    state = prepare.State(out)
+    described = state.get("described")
+    described[1][0] = ["saved"]
+    state.put("described", described)
+    state.commit()
+    state.close()
+    manifest = prepare_shards(settings, out, jobs=1)
+    for source in manifest["inputs"]:
+        del source["content"]
+    (out / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    prepare_shards(settings, out, jobs=1)
+    write_lines(Path("a.jsonl"), ["another size"])
+    with pytest.raises(UserError, match="of other files"):
+        prepare_shards(settings, out, jobs=1)
+
+
+def test_a_begun_preparation_refuses_another_saved_data_set(here: Path) -> None:
+    def stop(*_: object) -> None:
+        raise Killed
+
+    save_rows("saved", TEXTS[:40])
+    settings = Settings(("saved",), "tokenizer", length=32)
+    with pytest.raises(Killed):
+        prepare_shards(settings, Path("shards"), jobs=1, show=stop)
+    save_rows("saved", TEXTS)
+    with pytest.raises(UserError, match="was begun with other settings or files"):
+        prepare_shards(settings, Path("shards"), jobs=1)
+
+
+def test_a_source_that_changes_while_it_is_read_is_another(here: Path) -> None:
+    settings = Settings(("a.jsonl",), "tokenizer", length=32)
+    prepare_shards(settings, Path("shards"), jobs=1, show=lambda *_: edit(20))
+    with pytest.raises(UserError, match="of other files"):
+        prepare_shards(settings, Path("shards"), jobs=1)
+
+
+def test_a_name_on_the_hub_is_looked_up_once_and_before_any_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def look_up(name: str, **_: object) -> list[dict[str, str]]:
+        names.append(name)
+        if name == "no/such":
+            raise UserError("no/such is no data set")
+        return [{"text": "a cat"}]
+
+    monkeypatch.setattr(inputs, "open_hub", look_up)
+    write_lines(Path("long.jsonl"), ["the cat " * 150_000])  # more than a batch
+    shown: list[object] = []
+    with pytest.raises(UserError, match="no/such is no data set"):
+        prepare_shards(
+            Settings(("long.jsonl", "no/such"), "tokenizer"), Path("new"), jobs=1, show=lambda *now: shown.append(now)
+        )
+    assert not shown
+    assert not Path("new").exists()
+    settings = Settings(("a.jsonl", "some/set"), vocab_size=120)  # its rows are read for the tokenizer too
+    for _ in range(2):
+        assert prepare_shards(settings, Path("shards"), jobs=1)["kept"] == len(TEXTS) + 1
+    assert names == ["no/such", "some/set"]
 
 
 def test_without_a_tokenizer_one_is_trained_on_the_text(here: Path) -> None:

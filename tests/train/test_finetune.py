@@ -216,8 +216,18 @@ def test_a_quote_that_does_not_close_is_named_with_its_line_and_swallows_no_rows
     (tmp_path / "UPPER.CSV").write_text("text,label\na,x\n", encoding="utf-8")
     assert read_rows(tmp_path / "UPPER.CSV")[0] == [{"text": "a", "label": "x"}]
     path.write_text('"text";"label, gold"\na;x\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"it holds none, but 1 lines of another number of cells than the first \(2\)"):
+    assert read_rows(path)[0] == [{"text": "a", "label, gold": "x"}]
+    path.write_text('"text"s,label\na,x\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"must begin with the names of its columns, it does not: ',' expected after"):
         read_rows(path)
+
+
+def test_a_quote_that_closes_in_another_row_swallows_no_rows(tmp_path: Path) -> None:
+    rows = [f"text {i},y" for i in range(30)]
+    rows[5], rows[20] = '"text 5,y', '"text 20,y'
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    with pytest.raises(UserError, match="opens in line 7 must close in its cell, up to line 22 there are"):
+        read_rows(tmp_path / "data.csv")
 
 
 def test_a_few_bad_labels_do_not_change_what_rows_are_for() -> None:

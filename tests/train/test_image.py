@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -25,11 +26,19 @@ from timm.task import ClassificationTask
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
-from hydra_ssm.train.image import evaluation, progress, training
+from hydra_ssm.train.image import evaluation, loading, progress, training
 from hydra_ssm.train.image import run as running
 from hydra_ssm.train.image.evaluation import Score
 from hydra_ssm.train.image.folder import ImageFolder
-from hydra_ssm.train.image.loading import TrainingOrder, evaluation_transform, seed_drawing
+from hydra_ssm.train.image.loading import (
+    Pictures,
+    TrainingOrder,
+    evaluation_transform,
+    operations,
+    posterize,
+    seed_drawing,
+    training_transform,
+)
 from hydra_ssm.train.image.processes import Processes
 from hydra_ssm.train.image.progress import Shown
 from hydra_ssm.train.image.recipe import ImageRecipe
@@ -249,6 +258,58 @@ def test_a_class_may_be_named_as_a_part_is(flowers, tmp_path):
     assert (len(first) + len(held_out), classes) == (36, ["bus", "Test", "train"])
 
 
+LAYOUTS = {  # the folder that holds pictures of a class, within a part's
+    "plain": "{part}/{name}",
+    "deeper in the class": "{part}/{name}/2019",
+    "below one folder": "flowers/{part}/{name}",
+    "below one folder of the part": "{part}/pictures/{name}",
+    "below two, and deeper": "some/flowers/{part}/pictures/{name}/2019",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_class_is_the_first_folder_below_its_part(layout, flowers, tmp_path):
+    expected = [seen(part) for part in open_parts(str(flowers))[:2]]
+    for part in ("train", "val"):
+        for name in COLOURS:
+            folder = tmp_path / "data" / layout.format(part=part, name=name)
+            shutil.copytree(flowers / part / name, folder)
+            for place in (folder, folder.parent.parent):
+                (place / ".ipynb_checkpoints").mkdir(exist_ok=True)
+                shutil.copy(folder / "00.png", place / ".ipynb_checkpoints" / "00-checkpoint.png")
+    whole = tmp_path / "data" / layout.partition("{part}")[0]
+    for part in ("train", "val"):
+        (tmp_path / "tars" / part).mkdir(parents=True)
+        with tarfile.open(tmp_path / "tars" / part / "0.tar", "w") as archive:
+            archive.add(whole / part, layout.format(part=part, name="").partition(part)[0] + part)
+    for data in ("data", "tars"):
+        *parts, classes = open_parts(str(tmp_path / data))
+        assert ([seen(part) for part in parts], classes) == (expected, sorted(COLOURS)), data
+    shutil.copy(tmp_path / "tars" / "train" / "0.tar", tmp_path / "alone.tar")
+    assert open_parts(str(tmp_path / "alone.tar"))[2] == sorted(COLOURS)
+
+
+def test_a_tar_of_both_parts_has_the_classes_below_them(flowers, tmp_path):
+    with tarfile.open(tmp_path / "flowers.tar", "w") as archive:
+        archive.add(flowers, "flowers")
+    first, held_out, classes = open_parts(str(tmp_path))
+    assert (len(first) + len(held_out), classes) == (51, sorted(COLOURS))
+
+
+def test_shards_of_one_folder_each_with_more_in_them_are_warned_of(flowers, tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"shard{number}.tar", "w") as archive:
+            archive.add(flowers / "train", f"shard{number}")
+    with pytest.warns(UserWarning, match="each .tar holds one folder, which is taken for its class, such as shard0"):
+        assert open_parts(str(tmp_path))[2] == ["shard0", "shard1"]
+
+
+def test_held_out_pictures_of_one_class_are_known_by_the_classes_trained_on(flowers, tmp_path):
+    shutil.copytree(flowers / "train", tmp_path / "train")
+    shutil.copytree(flowers / "val" / "red", tmp_path / "val" / "red" / "2019")
+    assert [label for _, label in seen(open_parts(str(tmp_path))[1])] == [2] * 5
+
+
 def test_shards_pictures_of_no_class_are_left_alone(flowers, tmp_path):
     shards(flowers, tmp_path, with_cls=True)
     damaged = tmp_path / "flowers-train-0000.tar"
@@ -354,6 +415,17 @@ def test_shards_and_data_sets_know_again_what_was_trained_on(flowers, tmp_path):
         assert seen(open_held_out(str(tmp_path / "copies" / name), classes, first.marks())) == seen(held_out)
         with pytest.raises(UserError, match="trained on all of these 36 pictures"):
             open_held_out(str(tmp_path / name), classes, np.concatenate([first.marks(), held_out.marks()]))
+
+
+@pytest.mark.parametrize(("ending", "by"), [("tar.gz", "gunzip"), ("tgz", "gunzip"), ("TAR.XZ", "unxz")])
+def test_shards_that_are_compressed_are_told_how_to_be_unpacked(ending, by, flowers, tmp_path):
+    with tarfile.open(tmp_path / f"flowers.{ending}", f"w:{ending[-2:].lower()}") as archive:
+        archive.add(flowers, "flowers")
+    for data in (tmp_path, tmp_path / f"flowers.{ending}"):
+        with pytest.raises(UserError, match=rf"must not be compressed, got .*: unpack each, such as with {by} flowers"):
+            open_parts(str(data))
+    shutil.copytree(flowers / "train", tmp_path / "train")
+    assert len(open_parts(str(tmp_path))[0]) == 33  # what it was made of lies beside it
 
 
 def test_a_damaged_shard_gives_the_pictures_before_the_damage(flowers, tmp_path):
@@ -506,6 +578,77 @@ def test_what_fails_after_the_last_step_loses_no_step(flowers, tmp_path, monkeyp
     assert len(resume(tmp_path)["course"]) == 2
 
 
+CONFIG = {"input_size": (3, 16, 16), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+
+
+@pytest.mark.parametrize("name", [ImageRecipe.randaugment, "rand-m20-mmax20-inc1", "rand-m0", "originalr", "augmix"])
+def test_posterizing_to_no_bits_is_black_in_whatever_transform(name):
+    """Magnitude 10 of the paper's recipe; and in the processes of a loader, to which a transform is pickled."""
+    transform = pickle.loads(pickle.dumps(training_transform(ImageRecipe.of(data="x", randaugment=name), CONFIG)))
+    posterizing = [operation for operation in operations(transform) if "Posterize" in operation.name]
+    assert posterizing
+    white = Image.new("RGB", (6, 4), "white")
+    for operation in posterizing:
+        operation.prob, operation.magnitude_std, operation.magnitude_max = 1.0, 0.0, 8
+        operation.level_fn = lambda bits, _: (int(bits),)
+        for operation.magnitude, value in ((0, 0), (1, 128), (4, 240), (8, 255)):
+            assert operation(white).getextrema() == ((value, value),) * 3, operation
+    assert posterize(white, -4).getextrema() == ((0, 0),) * 3
+
+
+def test_no_draw_of_the_papers_recipe_fails():
+    transform, picture = training_transform(ImageRecipe.of(data="x"), CONFIG), coloured(COLOURS["red"], 0)
+    for draw in range(2000):
+        seed_drawing(draw)
+        assert transform(picture).shape == (3, 16, 16)
+
+
+def test_what_fails_in_a_transform_is_not_blamed_on_the_picture(flowers):
+    part, _, _ = open_parts(str(flowers))
+    for training_too in (True, False):
+        pictures = Pictures(part, lambda picture: 1 / 0, training_too)
+        with pytest.raises(ZeroDivisionError) as failed:
+            pictures[0, 0, 0]
+        assert failed.value.__notes__ == ["in the transform of train/blue/00.png, of 24 x 20 pixels"]
+
+
+class MostlyBroken:
+    """2,000 pictures, of which those from 1,900 on can be read."""
+
+    def __init__(self) -> None:
+        self.classes = ["one", "other"]
+        self.labels = [0] * 1950 + [1] * 50
+
+    def read(self, i: int) -> bytes:
+        return content(coloured(COLOURS["red"], i)) if i >= 1900 else b""
+
+    def name(self, i: int) -> str:
+        return f"picture {i}"
+
+
+def test_a_broken_stretch_is_replaced_by_pictures_from_everywhere():
+    pictures = Pictures(Part(MostlyBroken(), list(range(2000))), np.array, training=True)
+    found = [pictures[place, 3, 1] for place in range(40)]
+    assert {label for _, label, _ in found} == {0, 1}
+    assert len({pixels.tobytes() for pixels, _, _ in found}) > 20
+    assert "picture 0" in found[0][2]
+    again = pictures[7, 3, 1]
+    assert (again[0].tobytes(), again[2]) == (found[7][0].tobytes(), found[7][2])
+    drawn = Pictures(Part(MostlyBroken(), [0, 1900]), lambda picture: torch.rand(()).item(), training=True)
+    assert len({drawn[0, 0, epoch][0] for epoch in range(8)}) == 8
+    own = drawn[1, 0, 5][0]
+    seed_drawing(0, 5, 1)
+    assert own == torch.rand(()).item()  # one that can be read draws as it always has
+
+
+def test_a_part_without_a_picture_that_can_be_read_is_told_of(monkeypatch):
+    monkeypatch.setattr(loading, "MOST_TRIES", 20)
+    pictures = Pictures(Part(MostlyBroken(), list(range(1900))), np.array, training=True)
+    told = "of 1,900 none of 20 drawn could be: picture 4 cannot be read: the file is empty"
+    with pytest.raises(UserError, match=told):
+        pictures[4, 0, 0]
+
+
 def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_path):
     data = tmp_path / "data"
     for part in ("train", "val"):
@@ -521,7 +664,7 @@ def test_pictures_that_cannot_be_read_are_named_and_stop_nothing(flowers, tmp_pa
     metrics = train(ImageRecipe.of(data=str(data), **{**TINY, "batch_size": 2, "epochs": 1}), tmp_path / "out")
     told = "\n".join(metrics["pictures"])
     assert "converted: 1 CMYK, 1 grey" in told
-    assert "3 pictures could not be read and were left out:" in told
+    assert "3 pictures could not be read and were replaced by others in training, left out of evaluations:" in told
     for name in ("red/00.png: the file is empty", "blue/05.png: ", "green/01.png: "):
         assert name in told
     assert told in (tmp_path / "out" / "README.md").read_text()
@@ -629,6 +772,14 @@ def test_the_recipe_is_the_papers(flowers, tmp_path):
         assert (id(parameter) in kept) == (parameter.ndim < 2), name
 
 
+@pytest.mark.parametrize("model", ["test_resnet", "test_vit", "levit_128s", "vit_toeplitz_dropin_tiny_patch16_224"])
+def test_any_model_of_timms_takes_the_digits(model):
+    model, config = create(ImageRecipe.of(model=model), 10)
+    side = 8 if hasattr(model, "patch_embed") and hasattr(model, "blocks") else 32
+    assert config["input_size"] == (3, side, side)
+    assert model(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
 def test_digits_are_learned_without_any_data(tmp_path, capsys):
     small = ["--epochs", "2", "--workers", "0", "--learning-rate", "5e-3"]
     assert main(["image", "train", "--out", str(tmp_path / "digits"), *small]) == 0
@@ -651,6 +802,7 @@ MISTAKES = {
         "there must be as many pictures to train on as in a step, 64, got 36: choose a smaller --batch-size"
     ),
     "image train --data flowers --img-size 30 --batch-size 4": "cannot be made with .*30",
+    "image train --model vgg11": r"cannot be made with {'drop_path_rate': 0.1}.* --drop-path \(0: none\) change",
     "image train --data flowers --batch-size 5": "the parts of a step must be even for mixup and cutmix, got 5",
     "image train --data flowers --batch-size 8 --accumulate 3": "accumulate must divide batch_size = 8, got 3",
     "image train --data flowers --drop-path 2": "drop_path must be at most 1, got 2",

@@ -147,6 +147,19 @@ def test_pictures_come_from_a_compressed_tar_or_a_folder_alike(tmp_path):
         prepare(tmp_path / "set" / "train", tmp_path / "c")
 
 
+def test_a_class_is_the_folder_right_below_the_part(tmp_path):
+    for place, folder in enumerate(("cat/2019", "test/2019", "cat/.ipynb_checkpoints", ".git/2019", "test")):
+        for part in ("train", "test"):
+            (tmp_path / "set" / part / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (place, 0, 0)).save(tmp_path / "set" / part / folder / "0.png")
+    prepare(tmp_path / "set", tmp_path / "a", size=8)
+    data = Data(tmp_path / "a")
+    assert data.classes == ["cat", "test"]
+    for part in (data.train, data.test):
+        shown = zip(part.pixels[:, 0, 0, 0].tolist(), part.labels.tolist(), strict=True)
+        assert sorted(shown) == [(0, 0), (1, 1), (4, 1)]
+
+
 def test_rates_are_chosen_on_training_pictures_alone(digits):
     data = Data(digits)
     train, held = data.tuning()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,17 +122,36 @@ def read_text(name: str, stream: BinaryIO, documents: Documents) -> Iterator[Ite
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines, the longest in parts that end where a word or at least a character ends."""
-    rest = b""
-    while data := stream.readline(PART - len(rest)):
-        data = rest + data
-        rest = b""
-        if len(data) == PART and not data.endswith(b"\n"):
-            end = data.rfind(b" ") + 1 or _last_character(data) or len(data)
-            data, rest = data[:end], data[end:]
-        yield data
+    """Lines, the longest in parts that end where a word or at least a character ends; the last up to the damage."""
+    rest, broken = b"", None
+    while broken is None:
+        try:
+            data = cast(io.BufferedIOBase, stream).read1(1 << 16)
+        except BROKEN as error:
+            data, broken = b"", error
+        if not data:
+            break
+        rest += data
+        start = 0
+        while end := _line_end(rest, start):
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if broken is not None:
+        rest = rest[: codecs.utf_8_decode(rest, "replace", False)[1]]  # not half a character
     if rest:
         yield rest
+    if broken is not None:
+        raise broken
+
+
+def _line_end(data: bytes, start: int) -> int:
+    """Where the line or part of a line that begins at `start` ends, 0 if behind the data."""
+    if end := data.find(b"\n", start, start + PART) + 1:
+        return end
+    if len(data) - start < PART:
+        return 0
+    return data.rfind(b" ", start, start + PART) + 1 or start + (_last_character(data[start : start + PART]) or PART)
 
 
 def _last_character(data: bytes) -> int:
@@ -217,18 +238,62 @@ class _Behind(io.RawIOBase):
         return len(data)
 
 
-def read_csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
-    csv.field_size_limit(LONGEST)
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", INVALID, newline=""))
-    while True:
+class _Lines:
+    """Lines that, but for a record's first, can be read again, up to the damage of a stream that has one."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self.lines, self.again, self.record = lines, deque[str](), list[str]()
+        self.first, self.size = 1, 0
+        self.broken: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self.size > LONGEST:
+            raise csv.Error(f"a record of more than {LONGEST:,} characters")
         try:
-            record = next(reader, None)
+            line = self.again.popleft() if self.again else next(self.lines)
+        except BROKEN as error:
+            self.broken, self.lines = error, iter(())
+            raise StopIteration from None
+        self.record.append(line)
+        self.size += len(line)
+        return line
+
+    def end(self, lines: int) -> None:
+        """The record was so many lines; the others are of the next."""
+        self.again.extendleft(reversed(self.record[lines:]))
+        self.record.clear()
+        self.first, self.size = self.first + lines, 0
+
+
+def read_csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
+    """Of a broken record only the first line is left out: a stray quote makes one of many."""
+    csv.field_size_limit(LONGEST)
+    lines = _Lines(io.TextIOWrapper(cast(Any, stream), "utf-8-sig", INVALID, newline=""))
+    reader = csv.reader(lines, strict=True)
+    header: list[str] = []
+    while True:
+        problem = ""
+        try:
+            cells = next(reader, None)
+            if cells and header and len(cells) != len(header):
+                problem = f"{len(cells)} cells for {len(header)} columns"
         except csv.Error as error:
-            yield Item(problem="malformed", where=f"{name}:{reader.line_num}: {error}")
-            continue
-        if record is None:
-            return
-        yield from _field(record, column, f"{name}:{reader.line_num}")
+            cells, problem = [], str(error)
+        if cells is None:
+            break
+        first, count = lines.first, len(lines.record)
+        lines.end(1 if problem else count)
+        if problem:
+            yield Item(problem="malformed", where=f"{name}:{first}: up to line {first + count - 1}: {problem}")
+        elif cells and header:
+            yield from _field(dict(zip(header, cells, strict=True)), column, f"{name}:{first}")
+        else:
+            header = header or cells
+    if lines.broken is not None:
+        raise lines.broken
 
 
 def read_parquet(name: str, path: Path, column: str) -> Iterator[Item]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gzip
+import hashlib
 import io
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from ..errors import UserError
-from ..sources import DATA, TEXT, entries_of, open_hub, open_saved
+from ..sources import DATA, TEXT, entries_of, open_hub
 from .documents import (
     Documents,
     Item,
@@ -30,6 +34,7 @@ from .documents import (
 COMPRESSED = {".gz", ".zst"}
 RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 OF_RECORDS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv}
+SAMPLE = 1 << 16  # bytes of a file's beginning, middle and end that tell whether it is still the same
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,25 @@ class Input:
 
     name: str
     path: Path | None = None
-    open: Callable[[], Any] | None = None  # of a data set: its rows
+    open: Callable[[], Any] | None = None  # of a data set on the Hub: its rows
+    saved: Path | None = None  # the folder of a data set on the disk
 
     @property
     def size(self) -> int:
         """Bytes; 0 where that is not known."""
         return self.path.stat().st_size if self.path else 0
 
+    @property
+    def content(self) -> str:
+        """A hash that changes with most edits, those that keep the size too; "" where there is no file to read."""
+        if self.saved is not None:
+            return _sampled([self.saved / "state.json", *_arrow_files(self.saved)])
+        return _sampled([self.path]) if self.path else ""
+
     def items(self, documents: Documents, column: str, read: Callable[[int], None] = lambda _: None) -> Iterator[Item]:
         """All documents and problems, the same every time. `read` is told how many bytes of the file are used."""
+        if self.saved is not None:
+            return _saved_items(self.name, self.saved, column)
         if self.path is None:
             assert self.open is not None
             return read_rows(self.name, self.open(), column)
@@ -59,6 +74,10 @@ class Input:
         self, kind: str, documents: Documents, column: str, read: Callable[[int], None]
     ) -> Iterator[Item]:
         assert self.path is not None
+        if not self.size and self.path.suffix in COMPRESSED:  # gzip finds nothing wrong with it
+            yield Item(problem="damaged", where=f"{self.name}: a compressed file must have bytes, it has none")
+            return
+        number = -1
         with self.path.open("rb") as raw, _plain(self.path, raw) as stream:
             if reader := OF_RECORDS.get(kind):
                 found = reader(self.name, stream, column)
@@ -68,6 +87,8 @@ class Input:
                 if not number % 64:
                     read(raw.tell())
                 yield item
+        if number < 0:
+            yield Item(problem="empty", where=f"{self.name}: nothing in it")
 
 
 def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
@@ -77,7 +98,7 @@ def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
     for source in sources:
         path = Path(source).expanduser()
         if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-            inputs.append(Input(source, open=_saved(path)))
+            inputs.append(Input(source, saved=_saved(path)))
         elif path.is_dir():
             found, others = _folder(path)
             inputs += found
@@ -95,15 +116,79 @@ def find_inputs(sources: Sequence[str]) -> tuple[list[Input], list[str]]:
 
 def listed(inputs: list[Input]) -> list[dict[str, Any]]:
     """As a manifest has them."""
-    return [{"name": source.name, "bytes": source.size} for source in inputs]
+    return [
+        {"name": source.name, "bytes": source.size} | ({"content": content} if (content := source.content) else {})
+        for source in inputs
+    ]
 
 
-def _saved(path: Path) -> Callable[[], Any]:
-    return lambda: open_saved(path)
+def are_listed(inputs: list[Input], known: list[dict[str, Any]]) -> bool:
+    """Whether a manifest has the same. What an earlier version did not write into it is not compared."""
+    now = listed(inputs)
+    return len(now) == len(known) and all(old.items() <= new.items() for old, new in zip(known, now, strict=True))
 
 
 def _hub(source: str) -> Callable[[], Any]:
-    return lambda: open_hub(source, streaming=True)
+    return functools.cache(lambda: open_hub(source, streaming=True))
+
+
+def _saved(path: Path) -> Path:
+    """The folder of the rows: of several splits, that of train."""
+    if (path / "state.json").exists():
+        return path
+    if not (path / "train").is_dir():
+        splits = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
+        raise UserError(f"the data set {path} must have a split train, it has {splits}")
+    return path / "train"
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """Of a saved data set; none where its list cannot be read, which `_saved_items` tells."""
+    try:
+        return _read_state(folder)
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _read_state(folder: Path) -> list[Path]:
+    state = json.loads((folder / "state.json").read_bytes())
+    return [folder / part["filename"] for part in state["_data_files"]]
+
+
+def _saved_items(name: str, folder: Path, column: str) -> Iterator[Item]:
+    """A damaged or missing file leaves the others."""
+    try:
+        files = _read_state(folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        yield Item(problem="damaged", where=f"{name}: state.json must list the files, it does not: {error}")
+        return
+    for path in files:
+        yield from read_rows(str(path), _arrow_rows(path, column), column)
+
+
+def _arrow_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        names = batches.schema.names
+        for batch in batches:
+            if column in names:
+                chosen = batch.select([column])
+                chosen.validate(full=True)  # damaged offsets lead out of the memory
+                yield from chosen.to_pylist()
+            else:
+                yield from [dict.fromkeys(names)] * len(batch)
+
+
+def _sampled(paths: Sequence[Path]) -> str:
+    """A hash of the sizes and of some bytes, as a whole file can be too much to read. What cannot be read adds none."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
+            for place in sorted({0, max(0, size - SAMPLE) // 2, max(0, size - SAMPLE)}):
+                file.seek(place)
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()
 
 
 def _folder(path: Path) -> tuple[list[Input], list[str]]:

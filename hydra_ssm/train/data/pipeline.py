@@ -85,6 +85,7 @@ class Preparation:
 
     def __init__(self, settings: Settings, out: Path, inputs: list[Input], ignored: list[str], state: State) -> None:
         self.settings, self.out, self.inputs, self.ignored, self.state = settings, out, inputs, ignored, state
+        self.listed = listed(inputs)  # before they are read: they may change meanwhile
         self.tokenizer = self._tokenizer()
         self.backend = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
         dtype = Words(self.backend).dtype
@@ -271,7 +272,7 @@ class Preparation:
                 "sha256": sha256(self.out / "tokenizer" / "tokenizer.json"), "vocabulary": len(self.tokenizer),
             },
             "settings": asdict(self.settings),
-            "inputs": listed(self.inputs),
+            "inputs": self.listed,
             "read": self.counts["read"], "kept": self.counts["kept"], "bytes": self.counts["bytes"],
             "skipped": {name: self.counts[name] for name in SKIPPED},
             "examples": self.examples,

@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoints import MANIFEST, UNFINISHED, remove, remove_unfinished, whole_file
 from ..errors import UserError
 from . import state as progress
-from .inputs import Input, find_inputs, listed
+from .inputs import Input, are_listed, find_inputs
 from .pipeline import Batch, Preparation
 from .settings import Settings
 from .shards import SPLITS, is_shards, read_manifest
@@ -52,6 +52,9 @@ def prepare_shards(
     if not overwrite and is_shards(str(out)):
         remove(out / progress.NAME)
         return read_manifest(out)
+    for source in inputs:
+        if source.open:
+            source.open()  # a wrong name is refused before hours of work on the others
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     state = State(out, overwrite)
@@ -59,7 +62,7 @@ def prepare_shards(
         remove_unfinished(out)
         described = [asdict(settings), [[source.name, *_stamp(source)] for source in inputs]]
         known = None if overwrite else state.get("described")
-        if known is not None and known != json.loads(json.dumps(described)):
+        if known is not None and not _is_same(known, json.loads(json.dumps(described))):
             raise UserError(f"{out} was begun with other settings or files: add --overwrite to begin again")
         if known is None:
             state.close()
@@ -86,8 +89,17 @@ def prepare_shards(
         state.close()
 
 
-def _stamp(source: Input) -> list[int]:
-    return [source.size, source.path.stat().st_mtime_ns] if source.path else []
+def _stamp(source: Input) -> list[int | str]:
+    if source.path:
+        return [source.size, source.path.stat().st_mtime_ns]
+    return [source.content] if source.content else []
+
+
+def _is_same(known: list[Any], now: list[Any]) -> bool:
+    """Of what was described. What an earlier version did not note of an input is not compared."""
+    if known[0] != now[0] or len(known[1]) != len(now[1]):
+        return False
+    return all(new[: len(old)] == old for old, new in zip(known[1], now[1], strict=True))
 
 
 def _check_free(out: Path, settings: Settings, inputs: list[Input], overwrite: bool) -> None:
@@ -103,7 +115,7 @@ def _check_free(out: Path, settings: Settings, inputs: list[Input], overwrite: b
     manifest = read_manifest(out)
     if manifest["settings"] != json.loads(json.dumps(asdict(settings))):
         raise UserError(f"{out} holds shards of other settings: choose another --out, or add --overwrite")
-    if manifest["inputs"] != listed(inputs):
+    if not are_listed(inputs, manifest["inputs"]):
         raise UserError(
             f"{out} holds shards of other files than there are now: choose another --out, or add --overwrite"
         )

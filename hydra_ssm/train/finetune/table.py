@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -94,14 +95,26 @@ def _csv(file: Any, path: Path) -> Iterator[tuple[int, Row | None]]:
     if path.suffix.lower() == ".tsv":
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        header = file.readline()
+        header = re.sub('"[^"]*"', "", file.readline())
         file.seek(0)
-        reader = csv.reader(file, delimiter=";" if ";" in header and "," not in header else ",")
-    columns = next(reader, [])
+        reader = csv.reader(file, delimiter=";" if ";" in header and "," not in header else ",", strict=True)
+    try:
+        columns = next(reader, [])
+    except csv.Error as error:
+        raise UserError(f"{path} must begin with the names of its columns, it does not: {error}") from error
     if twice := [name for name, times in Counter(columns).items() if times > 1]:
         raise UserError(f"{path} must name each column once, it names {twice[0]!r} more than once")
     first = reader.line_num + 1
-    for cells in reader:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: the quote that opens in line {first} must close in its cell, up to line {reader.line_num} "
+                f"there are errors ({error}): write a quote inside of a cell twice"
+            ) from error
+        if cells is None:
+            return
         whole = len(cells) == len(columns)
         if not whole and reader.line_num > first:
             raise UserError(

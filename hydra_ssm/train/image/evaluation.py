@@ -128,15 +128,15 @@ def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: 
     return {**{name: asdict(result) for name, result in results.items()}, "notes": notes}
 
 
-def told(notes: Notes) -> list[str]:
-    """What there is to say of pictures that were converted, and of those that could not be read."""
+def told(notes: Notes, done: str = "left out") -> list[str]:
+    """What there is to say of pictures that were converted, and of those that could not be read: what was done."""
     converted = [text for text in notes.values() if ":" not in text]
     lines = (
         [f"converted: {', '.join(f'{converted.count(k)} {k}' for k in sorted(set(converted)))}"] if converted else []
     )
     broken = [(name, text) for name, text in sorted(notes.items()) if ":" in text]
     if broken:
-        lines.append(f"{len(broken)} pictures could not be read and were left out:")
+        lines.append(f"{len(broken)} pictures could not be read and were {done}:")
         lines += [f"  {name}: {text.partition(': ')[2]}" for name, text in broken[:20]]
         lines += [f"  and {len(broken) - 20} more"] if len(broken) > 20 else []
     return lines

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +22,7 @@ from .recipe import ImageRecipe
 from .sources import Part
 
 MISSING = -1  # the label of a picture that could not be read, in evaluation
-MOST_IN_A_ROW = 1000  # unreadable pictures
+MOST_TRIES = 1000  # to draw a picture that can be read
 Key = tuple[int, int, int]  # number of the picture, seed, epoch
 Notes = dict[str, str]  # by name of a picture
 
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Pictures(Dataset[tuple[Tensor, int, Notes]]):
-    """The pictures of a part, transformed. In training one that cannot be read is replaced by the next."""
+    """The pictures of a part, transformed. In training one that cannot be read is replaced by another, drawn anew."""
 
     def __init__(self, part: Part, transform: Any, training: bool) -> None:
         self.part, self.transform, self.training = part, transform, training
@@ -44,32 +45,42 @@ class Pictures(Dataset[tuple[Tensor, int, Notes]]):
         return len(self.part)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, Notes]:
-        place, seed, epoch = key
         notes: Notes = {}
-        for tried in range(min(MOST_IN_A_ROW, len(self.part))):
-            i = self.part.index[(place + tried) % len(self.part)]
-            seed_drawing(seed, epoch, place)
+        for tried in range(MOST_TRIES if self.training else 1):
+            i = self.part.index[_drawn(key, tried, len(self.part))]
+            name = self.part.source.name(i)
             try:
                 picture, done = open_picture(self.part.source.read(i))
-                pixels = self.transform(picture)
-            except Exception as error:  # of whatever class: readers, decoders and transforms have many
-                reason = " ".join(str(error).split()) or type(error).__name__
-                notes[self.part.source.name(i)] = f"{UNREADABLE}: {reason}"
-                if self.training:
-                    continue
-                pixels = self.transform(open_picture_of_nothing())
-                return pixels, MISSING, notes
+            except Exception as error:  # of whatever class: readers and decoders have many
+                notes[name] = f"{UNREADABLE}: {' '.join(str(error).split()) or type(error).__name__}"
+                continue
             if done:
-                notes[self.part.source.name(i)] = done
-            return pixels, self.part.source.labels[i], notes
-        raise UserError(f"none of {MOST_IN_A_ROW:,} pictures in a row could be read: {next(iter(notes.items()))}")
+                notes[name] = done
+            return self._transformed(picture, name), self.part.source.labels[i], notes
+        if not self.training:
+            return self._transformed(Image.new("RGB", (8, 8)), "nothing"), MISSING, notes  # is not counted
+        name, told = next(iter(notes.items()))
+        raise UserError(
+            f"pictures must be such as can be read, of {len(self.part):,} none of {MOST_TRIES:,} drawn could be: "
+            f"{name} {told}"
+        )
+
+    def _transformed(self, picture: Image.Image, name: str) -> Tensor:
+        try:
+            return self.transform(picture)
+        except Exception as error:  # no fault of the file, which has been decoded
+            error.add_note(f"in the transform of {name}, of {picture.width} x {picture.height} pixels")
+            raise
 
 
-def open_picture_of_nothing() -> Any:
-    """In place of one that could not be read, and is not counted."""
-    from PIL import Image
-
-    return Image.new("RGB", (8, 8))
+def _drawn(key: Key, tried: int, pictures: int) -> int:
+    """The place of the picture to try, and the seed of its transform: the key's own, or one drawn in its stead."""
+    place, seed, epoch = key
+    if not tried:
+        seed_drawing(seed, epoch, place)
+        return place
+    seed_drawing(seed, epoch, place, 0, tried)  # 0: a step draws from (seed, step, rank, 1)
+    return random.randrange(pictures)
 
 
 def seed_drawing(*key: int) -> int:
@@ -128,7 +139,7 @@ class EvaluationOrder:
 def training_transform(recipe: ImageRecipe, config: dict[str, Any]) -> Any:
     """timm's, to uint8: the rest happens where the model is. Raises UserError for a randaugment that timm has not."""
     try:
-        return create_transform(
+        transform = create_transform(
             config["input_size"], is_training=True, scale=recipe.scale, hflip=recipe.hflip, use_prefetcher=True,
             auto_augment=recipe.randaugment or None, color_jitter=0.0, interpolation=config["interpolation"],
             mean=config["mean"], std=config["std"],
@@ -138,6 +149,29 @@ def training_transform(recipe: ImageRecipe, config: dict[str, Any]) -> Any:
         raise UserError(
             f"randaugment must be what timm knows, such as {usual}, got {recipe.randaugment}: {in_a_line(error)}"
         ) from error
+    for operation in operations(transform):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
+    return transform
+
+
+def operations(transform: Any) -> Iterator[auto_augment.AugmentOp]:
+    """timm's operations in a transform, however deep its lists hold them."""
+    if isinstance(transform, auto_augment.AugmentOp):
+        yield transform
+    elif isinstance(transform, (list, tuple)):
+        for own in transform:
+            yield from operations(own)
+    else:
+        for name in ("transforms", "ops", "policy"):  # of Compose, RandAugment and AugMix, AutoAugment
+            yield from operations(getattr(transform, name, ()))
+
+
+def posterize(picture: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's, and black where no bit is left: timm asks for that at magnitude 10, Pillow 13 no longer does it."""
+    if bits < 1:
+        return Image.new(picture.mode, picture.size)
+    return auto_augment.posterize(picture, bits, **options)
 
 
 def evaluation_transform(config: dict[str, Any]) -> Any:

@@ -70,8 +70,7 @@ class ImageRecipe:
         """What is given, with the digits' numbers where there is no data, and the paper's otherwise."""
         usual = DIGITS if given.get("data") is None else {}
         if given.get("model", usual.get("model")) != usual.get("model"):
-            usual = {name: value for name, value in usual.items() if name != "model_args"}
-            usual |= {"model_args": {"img_size": 8, "patch_size": 2}} if usual else {}
+            usual = {**usual, **_size_of_digits(given["model"])} if usual else {}
         return cls(**{**usual, **given})
 
     def __post_init__(self) -> None:
@@ -118,3 +117,19 @@ class ImageRecipe:
             return cls(**found | {"scale": tuple(found["scale"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the settings of an image run: {error}") from None
+
+
+def _size_of_digits(model: str) -> dict[str, Any]:
+    """As they are, in patches of 2 x 2, to a model that takes such; else scaled to what most others get along with."""
+    import timm
+    import torch
+
+    from ... import vision  # noqa: F401  registers its models
+
+    own: dict[str, Any] = {"img_size": 8, "patch_size": 2}
+    try:
+        with torch.device("meta"):
+            timm.create_model(model, **own)
+    except Exception:  # of whatever class: what is wrong with the model itself is told when it is made
+        return {"img_size": 32, "model_args": {}}
+    return {"model_args": own}

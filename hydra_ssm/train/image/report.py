@@ -14,6 +14,7 @@ from .sources import Digits
 if TYPE_CHECKING:
     from .run import Run
 
+INSTEAD = "replaced by others in training, left out of evaluations"  # of pictures that could not be read
 EXAMPLES = 20  # held-out digits that are saved to be looked at
 CARD = """\
 ---
@@ -66,7 +67,7 @@ def finish(run: Run, baseline: tuple[str, float]) -> dict[str, Any]:
         "averaged": {name: last[f"{name}_averaged"] for name in ("top1", "top5", "loss")},
         "raw": {name: last[f"{name}_raw"] for name in ("top1", "top5", "loss")},
         "baseline": {"name": baseline[0], "top1": baseline[1]},
-        "pictures": told(run.notes), "notes": run.notes, "course": run.curve,
+        "pictures": told(run.notes, INSTEAD), "notes": run.notes, "course": run.curve,
     }  # fmt: skip
     with run.folder.finish() as part:
         weights = {AVERAGED: run.ema.module.state_dict(), RAW: run.model.state_dict()}

@@ -48,7 +48,10 @@ def create(recipe: ImageRecipe, classes: int) -> tuple[nn.Module, Config]:
             recipe.model, num_classes=classes, drop_path_rate=recipe.drop_path or None, **arguments
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{recipe.model} cannot be made with {arguments}: {error}") from error
+        arguments |= {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+        raise UserError(
+            f"{recipe.model} cannot be made with {arguments}: {error}; --img-size and --drop-path (0: none) change them"
+        ) from error
     return model, config_of(model, recipe)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ....vision.pictures import open_picture
 from ...checkpoints import damage, whole_folder
 from ...errors import UserError
-from ..sources import ENDINGS, HELD_OUT_NAMES, TRAIN_NAMES
+from ..sources import ENDINGS, HELD_OUT_NAMES, TRAIN_NAMES, is_hidden
 
 FACTS, HELD_OUT = "pictures.json", "test"
 
@@ -115,16 +115,16 @@ def _load(folder: Path, part: str) -> Pictures:
 def _decoded(source: Path, size: int) -> dict[str, Named]:
     found: dict[str, Named] = {"train": [], HELD_OUT: []}
     for path, content in _files(source):
-        part = next((p for p in reversed(path.parts[:-2]) if p in (*TRAIN_NAMES, *HELD_OUT_NAMES)), None)
-        if part is not None:
+        folders = path.parts[:-1]
+        place = next((i for i, p in enumerate(folders[:-1]) if p in (*TRAIN_NAMES, *HELD_OUT_NAMES)), None)
+        if place is not None and not is_hidden(folders):
             try:
                 rgb, _ = open_picture(content)
             except OSError as error:
                 raise UserError(f"{path} of {source} cannot be read: {error}") from error
             rgb = rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
-            found["train" if part in TRAIN_NAMES else HELD_OUT].append(
-                (path.parts[-2], np.array(rgb).transpose(2, 0, 1))
-            )
+            part = "train" if folders[place] in TRAIN_NAMES else HELD_OUT
+            found[part].append((folders[place + 1], np.array(rgb).transpose(2, 0, 1)))
     return found
 
 

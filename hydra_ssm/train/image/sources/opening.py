@@ -12,7 +12,7 @@ from .digits import Digits
 from .folders import of_folders
 from .hub import load, load_saved, of_splits
 from .parts import Part, Parts, divided, is_divided
-from .shards import are_the_data, find_shards, of_shards
+from .shards import are_the_data, find_shards, of_shards, refuse_compressed
 
 
 def in_full(data: str | None) -> str | None:
@@ -39,6 +39,7 @@ def open_parts(data: str | None, seed: int = 0) -> Parts:
         return of_shards(shards, path, seed)
     if path.is_dir() and (any(path.rglob("*.parquet")) or any(path.rglob("*.arrow"))):
         return of_splits(load(str(path)), path.name, seed)
+    refuse_compressed(path)
     if path.is_file():
         raise UserError(f"{path} must be a folder, a .tar or the name of a data set")
     return of_folders(path, seed)

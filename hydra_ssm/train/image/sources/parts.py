@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,3 +81,29 @@ def both(train: Source, held_out: Source) -> Parts:
     """All of two sources, as somebody has divided them."""
     first, second = (Part(source, list(range(len(source.labels)))) for source in (train, held_out))
     return first, second, train.classes
+
+
+def is_hidden(folders: Sequence[str]) -> bool:
+    """Whether one of these is no one's class: .ipynb_checkpoints, .git."""
+    return any(name.startswith(".") for name in folders)
+
+
+def level_of_classes(pictures: Collection[Sequence[str]], known: Collection[str] = ()) -> int:
+    """Which of the folders that pictures lie in is their class: the first.
+
+    But where all lie below one folder, or below those of the parts, it is the first below at which they differ.
+
+    Args:
+        pictures: the folders that each lies in, one at least, from the outermost.
+        known: classes, where those are to be found again.
+    """
+    first, depth = 0, min(map(len, pictures))
+    for level in range(depth):
+        names = {folders[level] for folders in pictures}
+        if names <= set(known):
+            return level
+        if level + 1 < depth and all(name.lower() in (*TRAIN_NAMES, *HELD_OUT_NAMES) for name in names):
+            first = level + 1
+        elif len(names) > 1:
+            return level
+    return first

@@ -6,13 +6,17 @@ import re
 import tarfile
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ...errors import UserError
-from .parts import ENDINGS, HELD_OUT_NAMES, Parts, both, divided
+from .parts import ENDINGS, HELD_OUT_NAMES, Parts, both, divided, is_hidden, level_of_classes
 
+UNPACKED_BY = {
+    ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.bz2": "bunzip2", ".tbz2": "bunzip2", ".tar.xz": "unxz",
+    ".txz": "unxz", ".tar.zst": "unzstd", ".tzst": "unzstd",
+}  # fmt: skip
 MOST_CLASSES = 1_000_000  # where they are numbers
 
 
@@ -25,11 +29,14 @@ class Shards:
     def __init__(self, paths: Sequence[Path], root: Path, classes: Sequence[str] | None = None) -> None:
         self.root = root
         self.paths = [str(path) for path in paths]
-        found: list[tuple[int, int, int, str, str]] = []  # shard, offset, size, name, class
-        for shard, path in enumerate(paths):
-            found += [(shard, *entry) for entry in _entries(path)]
-        if not found:
+        entries = [(shard, *entry) for shard, path in enumerate(paths) for entry in _entries(path)]
+        if not entries:
             raise UserError(f"{paths[0].parent} must hold shards with KEY.jpg and KEY.cls, or CLASS/PICTURE in them")
+        in_folders = {entry[-1] for entry in entries if isinstance(entry[-1], tuple)}
+        level = level_of_classes(in_folders, classes or ()) if in_folders else 0
+        if len(paths) > 1 and any(len(folders) > level + 1 for folders in in_folders):
+            _warn_of_folders_of_shards([(entry[0], entry[-1][level]) for entry in entries if entry[-1] in in_folders])
+        found = [(s, o, n, name, c if isinstance(c, str) else c[level]) for s, o, n, name, c in entries]
         names = sorted({entry[-1] for entry in found}, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else n))
         if names[-1].isdigit():  # all of them: the classes are all up to the largest
             if int(names[-1]) >= MOST_CLASSES:
@@ -55,8 +62,8 @@ class Shards:
         return f"{shard.relative_to(self.root)}/{self.names[i]}"
 
 
-def _entries(path: Path) -> list[tuple[int, int, str, str]]:
-    """(offset, size, name, class) of each picture in a tar file."""
+def _entries(path: Path) -> list[tuple[int, int, str, str | tuple[str, ...]]]:
+    """(offset, size, name, class or the folders that it lies in) of each picture in a tar file."""
     pictures: list[tuple[str, int, int, str]] = []
     classes: dict[str, str] = {}
     try:
@@ -74,13 +81,22 @@ def _entries(path: Path) -> list[tuple[int, int, str, str]]:
             raise UserError(f"{path} must be a tar file that is not compressed: {error}") from None
         warnings.warn(f"{path.name} is damaged, its first {len(pictures)} pictures are used: {error}", stacklevel=2)
     named = [
-        (offset, size, name, classes.get(key, "") if classes else Path(name).parent.name)
+        (offset, size, name, classes.get(key, "") if classes else PurePosixPath(name).parts[:-1])
         for key, offset, size, name in pictures
+        if classes or not is_hidden(PurePosixPath(name).parts[:-1])
     ]
     found = [entry for entry in named if entry[-1]]
     if 0 < len(found) < len(named):
         warnings.warn(f"{path.name}: {len(named) - len(found)} pictures have no class and are left alone", stacklevel=2)
     return found
+
+
+def _warn_of_folders_of_shards(found: Sequence[tuple[int, str]]) -> None:
+    """Where each tar file holds one folder of its own, with more in them: that may be its class, or just its name."""
+    pairs = set(found)
+    if len(pairs) == len({shard for shard, _ in pairs}) == len({name for _, name in pairs}) > 1:
+        told = f"each .tar holds one folder, which is taken for its class, such as {min(name for _, name in pairs)}"
+        warnings.warn(f"{told}: if the folders within are the classes, pack them without it", stacklevel=3)
 
 
 def _class(content: bytes) -> str:
@@ -105,6 +121,17 @@ def find_shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     return sorted(path.rglob("*.tar"))
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raises UserError where the file, or one in the folder, is a compressed tar, and no folder holds pictures."""
+    if any(p.suffix.lower() in ENDINGS and p.parent != path for p in path.rglob("*")):
+        return
+    files = [p for p in (path, *path.rglob("*")) if p.is_file()]
+    packed = [(p, by) for p in files for ending, by in UNPACKED_BY.items() if p.name.lower().endswith(ending)]
+    if packed:
+        file, by = min(packed)
+        raise UserError(f"shards must not be compressed, got {file}: unpack each, such as with {by} {file.name}")
 
 
 def are_the_data(shards: list[Path], path: Path) -> bool:
