@@ -240,6 +240,18 @@ def test_a_damaged_row_group_leaves_the_others(prepared: Callable, tmp_path: Pat
     assert_adds_up(manifest)
 
 
+def test_checksums_of_parquet_pages_are_heeded_where_a_file_has_them(prepared: Callable, tmp_path: Path) -> None:
+    texts = [f"{i} the cat" for i in range(90)]
+    for name, has in (("with", True), ("without", False)):
+        path = tmp_path / f"{name}.parquet"
+        table = pa.table({"text": [f"{text} sees {name}" for text in texts]})
+        parquet.write_table(table, path, 30, compression="none", use_dictionary=False, write_page_checksum=has)
+        path.write_bytes(path.read_bytes().replace(b"45 the cat", b"45 the rat", 1))
+    manifest, _ = prepared(tmp_path)
+    assert (manifest["kept"], manifest["skipped"]["damaged"]) == (60 + 90, 1)
+    assert "with.parquet: row group 1" in manifest["examples"]["damaged"][0]
+
+
 def test_a_damaged_file_of_a_saved_data_set_leaves_the_others(prepared: Callable, tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 

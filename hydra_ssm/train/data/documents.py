@@ -298,7 +298,7 @@ def read_csv(name: str, stream: BinaryIO, column: str) -> Iterator[Item]:
 
 def read_parquet(name: str, path: Path, column: str) -> Iterator[Item]:
     """A damaged row group leaves the others."""
-    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
         kinds = {field.name: field.type for field in file.schema_arrow}
         if not _is_text(kinds.get(column)):
             yield from _field(kinds, column, name)
