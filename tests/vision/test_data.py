@@ -1,5 +1,8 @@
 """Real data of every shape through the same code: pictures, volumes, point clouds, time series; and conditions."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +134,22 @@ def test_time_series_are_patches_along_one_axis():
     assert accuracy(model, [late], late_y) > 0.75
     assert model(late[..., :40]).shape == (len(late), 2)
     assert model.forward_intermediates(late, intermediates_only=True)[0].shape == (len(late), 32, 8)
+
+
+@pytest.mark.skipif("HYDRA_SSM_ETT" not in os.environ, reason="HYDRA_SSM_ETT names no folder with ETTh1.csv, ETTh2.csv")
+def test_oil_temperatures_of_two_transformers_are_told_apart():
+    """Four days by the hour, each of mean 0 and deviation 1, of the data set ETT; the last third is held out."""
+    parts = []
+    for name in ("ETTh1.csv", "ETTh2.csv"):
+        path = Path(os.environ["HYDRA_SSM_ETT"], name)
+        whole = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, usecols=7, dtype=np.float32))
+        days = [part.unfold(0, 96, 12)[:, None] for part in whole.split([12000, len(whole) - 12000])]
+        parts.append([(day - day.mean(2, keepdim=True)) / (day.std(2, keepdim=True) + 1e-3) for day in days])
+    (x, y), (late, late_y) = (
+        (torch.cat(both), torch.arange(2).repeat_interleave(len(both[0]))) for both in zip(*parts, strict=True)
+    )
+    model = train(HydraViT((96,), (8,), in_chans=1, **SMALL), [x], y, steps=150)
+    assert accuracy(model, [late], late_y) > 0.8
 
 
 class Conditioned(nn.Module):
