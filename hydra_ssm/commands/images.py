@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -55,6 +55,8 @@ class Settings:
     """Least and largest share of a picture that is cut out."""
     ema_decay: Annotated[float | None, _usual("X", "0.9999")] = None
     """Of the averaged weights."""
+    precision: Annotated[Literal["auto", "bf16", "fp32"] | None, _usual("{auto,bf16,fp32}", "auto")] = None
+    """Of the products, in training and its evaluations. auto: bf16 on GPUs that have it."""
     workers: Annotated[int | None, _usual("N", "one a core with a GPU, else 0")] = None
     """Processes that read pictures, for each process that trains."""
     save_every: Annotated[int | None, _usual("N", "an epoch")] = None

@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 from processes import start, wait_until
 from rich.console import Console
+from safetensors.torch import load_file
 from timm.task import ClassificationTask
+from torch import nn
 
 from hydra_ssm.cli import main
 from hydra_ssm.train.errors import Stopped, UserError
@@ -710,6 +712,25 @@ def test_pictures_and_convolutions_are_channels_last(flowers, tmp_path, monkeypa
     monkeypatch.setattr(ClassificationTask, "forward", watched)
     train(ImageRecipe.of(data=str(flowers), **{**TINY, "epochs": 1}), tmp_path / "out")
     assert set(seen) == {(True, True)}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_model_is_trained_and_evaluated_in_the_precision_that_is_asked_for(precision, dtype, flowers, tmp_path):
+    settings = {**TINY, **PLAIN, "epochs": 8, "precision": precision}
+    found: list[tuple[bool, torch.dtype]] = []
+
+    def watch(module, _, out):
+        if isinstance(module, nn.Linear):
+            found.append((module.training, out.dtype))
+
+    handle = nn.modules.module.register_module_forward_hook(watch)
+    try:
+        metrics = train(ImageRecipe.of(data=str(flowers), **settings), tmp_path / "out")
+    finally:
+        handle.remove()
+    assert set(found) == {(True, dtype), (False, dtype)}
+    assert metrics["averaged"]["top1"] > 0.8
+    assert {p.dtype for p in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
 
 
 def test_a_bar_is_drawn_where_there_is_a_terminal(monkeypatch):

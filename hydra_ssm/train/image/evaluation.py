@@ -43,6 +43,7 @@ def score(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    precision: str = "auto",
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Score], Notes]:
     """The score of each model, in eval mode, on a part that is read once and dealt out over the processes.
@@ -65,7 +66,7 @@ def score(
         pixels, labels = batch.pixels[known], batch.labels[known]
         for number, model in enumerate(models.values()):
             before = time.perf_counter()
-            sums[number] += _sums(model.eval(), pixels, labels, config, device)
+            sums[number] += _sums(logits_of(model.eval(), pixels, config, device, precision), labels.to(device))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             busy[number] += time.perf_counter() - before
@@ -86,19 +87,27 @@ def score(
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, pixels: Tensor, config: Config, device: torch.device) -> Tensor:
-    """(B, classes) float32 of (B, 3, H, W) uint8; bf16 autocast on a GPU."""
+def logits_of(
+    model: nn.Module, pixels: Tensor, config: Config, device: torch.device, precision: str = "auto"
+) -> Tensor:
+    """(B, classes) float32 of (B, 3, H, W) uint8."""
     x = normalized(pixels, config, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with autocast(device, precision):
         found = model(x)
     return found.float()
 
 
-def _sums(model: nn.Module, pixels: Tensor, labels: Tensor, config: Config, device: torch.device) -> Tensor:
-    logits, labels = logits_of(model, pixels, config, device), labels.to(device)
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """Products in bfloat16 where they are asked for, or on a GPU that has them."""
+    has = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and has))
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, torch.tensor(len(labels), device=device)]).double()
+    count = torch.tensor(len(labels), device=labels.device)
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum(), loss, count]).double()
 
 
 def evaluate(folder: Path, data: str | None, *, batch_size: int = 256, workers: int = -1, say: Say = print) -> Any:

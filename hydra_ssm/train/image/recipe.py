@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..errors import UserError
 
 MODEL = "vit_hydra_base_patch16_224"  # the paper's
+PRECISIONS = ("auto", "bf16", "fp32")
 DIGITS: dict[str, Any] = {  # about a minute on 2 cores
     "model": "vit_hydra_tiny_patch16_224",
     "model_args": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "headdim": 16, "d_state": 16},
@@ -35,6 +36,8 @@ class ImageRecipe:
         hflip: probability of being mirrored.
         scale: least and largest share of the area that is cut out.
         ema_decay: of the averaged weights, reached after a warm-up of its own.
+        precision: of the model's products, in training and its evaluations: bf16, fp32, or auto, which is bf16 on a GPU
+            that has it.
         workers: processes that read pictures; -1: one a core that this process has, 0 where that is one.
         save_every: steps between checkpoints, 0: one an epoch.
 
@@ -61,6 +64,7 @@ class ImageRecipe:
     hflip: float = 0.5
     scale: tuple[float, float] = (0.08, 1.0)
     ema_decay: float = 0.9999
+    precision: str = "auto"
     workers: int = -1
     save_every: int = 0
     seed: int = 0
@@ -84,6 +88,8 @@ class ImageRecipe:
         for name in ("drop_path", "erase", "smoothing", "hflip", "ema_decay"):
             if getattr(self, name) > 1:
                 raise UserError(f"{name} must be at most 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision}")
         if self.smoothing == 1:
             raise UserError("smoothing must be below 1, at which no label is left, got 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

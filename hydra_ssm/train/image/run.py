@@ -24,7 +24,7 @@ from ..checkpoints import newest_whole, remove_unfinished
 from ..errors import Diverged, Stopped, UserError
 from ..workers import stopping
 from .baselines import logistic_regression, most_frequent
-from .evaluation import number_of_workers, score
+from .evaluation import autocast, number_of_workers, score
 from .folder import ImageFolder
 from .loading import Batch, Notes, Pictures, TrainingOrder, loader, normalized, seed_drawing, training_transform
 from .processes import Processes
@@ -169,7 +169,7 @@ class Run:
             x = self.erasing(x)
         if self.recipe.mixes:
             x, target = self.mixup(x, target)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with autocast(self.device, self.recipe.precision):
             loss = self.task(x, target)["loss"] / self.recipe.accumulate
         loss.backward()
         return loss.detach()
@@ -197,7 +197,7 @@ class Run:
         models, epoch = {"raw": self.model, "averaged": self.ema.module}, len(self.curve) + 1
         scores, notes = score(
             models, self.held_out, self.config, self.device, workers=self.workers, rank=self.processes.rank,
-            world=self.processes.world, stop=asked.is_set,
+            world=self.processes.world, precision=self.recipe.precision, stop=asked.is_set,
         )  # fmt: skip
         if self.processes.any(asked.is_set()):
             return
