@@ -272,6 +272,18 @@ def test_a_damaged_file_of_a_saved_data_set_leaves_the_others(prepared: Callable
     assert_adds_up(manifest)
 
 
+def test_a_file_of_a_saved_data_set_that_is_cut_between_batches_is_damaged(prepared: Callable, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    texts = [f"{i} the cat sees {i * i}" for i in range(30)]
+    Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-8])
+    manifest, _ = prepared(tmp_path / "saved")
+    assert (manifest["kept"], manifest["skipped"]["damaged"]) == (30, 1)
+    assert "ends between two batches" in manifest["examples"]["damaged"][0]
+
+
 def test_damage_within_a_saved_data_set_is_found(tmp_path: Path) -> None:
     from datasets import Dataset
 

@@ -34,6 +34,7 @@ from .documents import (
 COMPRESSED = {".gz", ".zst"}
 RECORDS = {".jsonl", ".json", ".ndjson", ".csv", ".parquet"}
 OF_RECORDS = {".jsonl": read_json_lines, ".json": read_json, ".csv": read_csv}
+STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of Arrow's streams
 SAMPLE = 1 << 16  # bytes of a file's beginning, middle and end that tell whether it is still the same
 
 
@@ -176,6 +177,10 @@ def _arrow_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
                 yield from chosen.to_pylist()
             else:
                 yield from [dict.fromkeys(names)] * len(batch)
+    with path.open("rb") as end:  # pyarrow takes a file that is cut between two batches for a whole one
+        end.seek(-len(STREAM_END), io.SEEK_END)
+        if end.read() != STREAM_END:
+            raise EOFError("it ends between two batches: rows are missing")
 
 
 def _sampled(paths: Sequence[Path]) -> str:
