@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .matrices import Inputs, Placed, Projected, Settings, StructuredMatrix, matrix_class
-from .ops import Documents, Layout, last_linear, layout, per_document, rows
+from .ops import Documents, Layout, first_linear, last_linear, layout, per_document, rows
 from .ops.backend import transforming
 from .ops.semiseparable import IMPLEMENTATIONS
 from .parameters import GatedNorm, Parameters, ShortConv, read
@@ -177,11 +177,12 @@ class MatrixMixer(nn.Module):
             raise ValueError("documents must come without mask and cu_seqlens: they say the same")
 
     def _mix(self, u: Tensor, documents: Documents | None) -> Tensor:
-        projected = self.in_proj(u)
+        projected = self._through(self.in_proj, first_linear, u)
         block = self._block(projected, documents)
         fused = None if block is None else self.matrix_class.fused(block)
         if fused is not None:
-            return self._out(fused)
+            # Nobody else holds what comes out of it, and nobody sees its gradient where no hook waits for it.
+            return self._through(self.out_proj, last_linear, fused)
         z, inputs = self._inputs(projected, documents)
         y = self._matrix(inputs) @ inputs.x
         if not self.bare:
@@ -189,14 +190,14 @@ class MatrixMixer(nn.Module):
             return self.out_proj(self.norm(y.flatten(2), z, self._layer_impl))
         return self.out_proj(y.flatten(2))
 
-    def _out(self, y: Tensor) -> Tensor:
-        """out_proj(y) of a y that nobody else holds; nobody sees its gradient where no hook waits for it."""
-        out = self.out_proj
-        hooks = out._backward_hooks or out._backward_pre_hooks or nn.modules.module._has_any_global_hook()
-        if hooks or not (_as_made(out, nn.Linear) and torch.is_grad_enabled()):
-            projected: Tensor = out(y)
-            return projected
-        return last_linear(y, out.weight, out.bias)
+    @staticmethod
+    def _through(module: nn.Linear, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], u: Tensor) -> Tensor:
+        """module(u), by the function where it is a plain linear map without hooks that has gradients."""
+        hooks = module._backward_hooks or module._backward_pre_hooks or nn.modules.module._has_any_global_hook()
+        if hooks or not (_as_made(module, nn.Linear) and torch.is_grad_enabled()):
+            y: Tensor = module(u)
+            return y
+        return function(u, module.weight, module.bias)
 
     def _matrix(self, inputs: Inputs) -> StructuredMatrix:
         """The class's matrix; one for each document where it cannot take many in a row, or rows this long."""

@@ -3,7 +3,7 @@
 from .block import fused_block
 from .conv import short_conv
 from .documents import Documents, Layout, layout, per_document, rows, zero_padding
-from .linear import last_linear
+from .linear import first_linear, last_linear
 from .norm import gated_rms_norm
 from .orders import Order, Ordering, make_orders
 from .semiseparable import semiseparable
@@ -15,6 +15,7 @@ __all__ = [
     "Order",
     "Ordering",
     "Triangle",
+    "first_linear",
     "fused_block",
     "gated_rms_norm",
     "last_linear",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import without_autocast
-from ..linear import is_spent
+from ..linear import is_spent, product
 from .conv import conv_backward, conv_forward
 from .decay import Decays, Projection, Steps
 from .library import differentiable_once, packed, register, where_it_lies
@@ -112,7 +112,7 @@ def _operands(
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     how = plan(x, features[0], backward=backward)
     projection = Projection(x.flatten(2), weights.fc_D, weights.D)
-    decays = find_decays(x, steps, ids, projection if how.project else projection.rounded(), how)
+    decays = find_decays(x, steps, ids, projection if how.project else projection.multiplied(), how)
     return Operands(z, xBC, x, features, steps, decays, how)
 
 
@@ -169,7 +169,7 @@ def block_backward(
     assert norm.diagonal is not None
     assert norm.diagonal_sum is not None
     ddiagonal = norm.diagonal.flatten(0, 1)
-    dfc_D = _product(ddiagonal.t(), x.reshape(-1, sizes.inner))
+    dfc_D = product(ddiagonal.t(), x.reshape(-1, sizes.inner))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     fc_D = weights.fc_D.to(x.dtype)
     few = sizes.heads <= MOST_HEADS
@@ -181,7 +181,7 @@ def block_backward(
     if not few:
         dx.flatten(2).flatten(0, 1).addmm_(ddiagonal, fc_D)
     dconv, dconv_bias = conv_backward(dxBC, wet, weights.conv, weights.conv_bias, ids, True, dwet)
-    dD = norm.diagonal_sum.to(weights.D.dtype, copy=True)
+    dD = norm.diagonal_sum.to(weights.D.dtype)
     return Weights(dconv, dconv_bias, ddt_bias, dA_log, dD, dfc_D.to(weights.fc_D.dtype), norm.weight)
 
 
@@ -209,13 +209,6 @@ def _joined(parts: list[NormGrads]) -> NormGrads:
         return parts[0]
     weight, diagonal, diagonal_sum = zip(*((p.weight, p.diagonal, p.diagonal_sum) for p in parts), strict=True)
     return NormGrads(torch.stack(weight).sum(0), torch.cat(diagonal, 1), torch.stack(diagonal_sum).sum(0))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, without rounding to what a and b are of."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def block(

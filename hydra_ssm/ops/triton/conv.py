@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sizes import cdiv
+from .sums import column_sums
 
 
 @triton.jit
@@ -37,6 +38,18 @@ def _taps(weight, c, keep, WIDTH: tl.constexpr):
     for t in tl.static_range(WIDTH):
         taps = taps + (tl.load(weight + c * WIDTH + t, mask=keep, other=0.0).to(tl.float32),)
     return taps
+
+
+@triton.jit
+def _rows_ahead(at, keep, first, end, stride: tl.constexpr, UNROLL: tl.constexpr, begin=None):
+    """UNROLL rows, of which the first is at `at` and has that number; zeros before `begin` and from `end` on."""
+    rows = ()
+    for s in tl.static_range(UNROLL):
+        there = first + s < end
+        if begin is not None:
+            there &= first + s >= begin
+        rows = rows + (tl.load(at + s * stride, mask=keep & there, other=0.0),)
+    return rows
 
 
 @triton.jit(do_not_specialize=["L", "stretches"])
@@ -79,11 +92,12 @@ def _forward_kernel(
         window = window + (row.to(tl.float32),)
         if HAS_IDS:
             numbers = numbers + (tl.load(ids + (k - HALF), mask=there, other=-2),)
+    entering, leaving = x + HALF * stride_l + c, y + c
+    read = _rows_ahead(entering, keep, HALF, high, stride_l, UNROLL)
     for k in tl.range(0, count, UNROLL):
-        rows = ()
-        for s in tl.static_range(UNROLL):
-            j = k + s + HALF
-            rows = rows + (tl.load(x + j * stride_l + c, mask=keep & (j < high), other=0.0),)
+        rows = read
+        entering += UNROLL * stride_l
+        read = _rows_ahead(entering, keep & (k + UNROLL < count), k + UNROLL + HALF, high, stride_l, UNROLL)
         for s in tl.static_range(UNROLL):
             window = window + (rows[s].to(tl.float32),)
             if HAS_IDS:
@@ -100,8 +114,9 @@ def _forward_kernel(
             if HAS_IDS:
                 out = tl.where(numbers[HALF] >= 0, out, 0.0)
                 numbers = numbers[1:]
-            tl.store(y + (k + s) * C + c, out.to(y.dtype.element_ty), mask=keep & (k + s < count))
+            tl.store(leaving + s * C, out.to(y.dtype.element_ty), mask=keep & (k + s < count))
             window = window[1:]
+        leaving += UNROLL * C
 
 
 @triton.jit(do_not_specialize=["L", "stretches"])
@@ -124,7 +139,7 @@ def _halo_kernel(
     for k in tl.static_range(4 * HALF):
         i = first + (k - 2 * HALF if k < 2 * HALF else count + k - 2 * HALF)
         row = tl.load(x + i.to(tl.int64) * stride_l + c, mask=keep & (i >= 0) & (i < L), other=0.0)
-        tl.store(halo + (stretch * (4 * HALF) + k) * C + c, row, mask=keep)
+        tl.store(halo + (stretch * (4 * HALF) + k) * stride_l + c, row, mask=keep)
 
 
 @triton.jit(do_not_specialize=["L", "stretches"])
@@ -177,7 +192,7 @@ def _backward_kernel(
     for k in tl.static_range(WIDTH - 1):
         there = keep & (k - 2 * HALF >= low)
         if IN_PLACE:
-            row = tl.load(halo + (stretch * (4 * HALF) + k) * C + c, mask=there, other=0.0)
+            row = tl.load(halo + (stretch * (4 * HALF) + k) * stride_l + c, mask=there, other=0.0)
         else:
             row = tl.load(x + (k - 2 * HALF) * stride_l + c, mask=there, other=0.0)
         window = window + (row.to(tl.float32),)
@@ -185,65 +200,64 @@ def _backward_kernel(
     if HAS_IDS:
         for k in tl.static_range(3 * HALF):
             numbers = numbers + (tl.load(ids + (k - 3 * HALF), mask=k - 3 * HALF >= low, other=-2),)
-    after = halo + (stretch * (4 * HALF) + 2 * HALF) * C
-    # Rows beside the stretch have a loop of their own: choosing between two places costs registers at every row.
-    inner = count // UNROLL * UNROLL if IN_PLACE else count + 2 * HALF
-    # It is short, and what it takes to compile grows with the third power of the rows in both.
-    for BESIDE in tl.static_range(1 + IN_PLACE):
-        for k in tl.range(inner if BESIDE else 0, count + 2 * HALF if BESIDE else inner, UNROLL // (1 + BESIDE)):
-            rows = ()
-            given = ()
-            for s in tl.static_range(UNROLL // (1 + BESIDE)):
-                j = k + s
-                at = x + j * stride_l
-                exists = j < high
-                if BESIDE:
-                    at = tl.where(j < count, at, after + (j - count) * C)
-                    exists &= j < count + 2 * HALF  # the copy ends here, steps go on to a multiple of UNROLL
-                rows = rows + (tl.load(at + c, mask=keep & exists, other=0.0),)
-                inside = (j - HALF >= low) & (j - HALF < high)
-                given = given + (tl.load(dy + (j - HALF) * C + c, mask=keep & inside, other=0.0),)
-            for s in tl.static_range(UNROLL // (1 + BESIDE)):
-                j = k + s
+    after = halo + (stretch * (4 * HALF) + 2 * HALF) * stride_l + c
+    entering, gradients, leaving = x + c, dy - HALF * C + c, dx - 2 * HALF * stride_dl + c
+    end = count + 2 * HALF
+    read = _rows_ahead(entering, keep, 0, tl.minimum(high, end), stride_l, UNROLL)
+    given = _rows_ahead(gradients, keep, -HALF, high, C, UNROLL, low)
+    for k in tl.range(0, end, UNROLL):
+        rows = read
+        own_given = given
+        entering += UNROLL * stride_l
+        if IN_PLACE:  # a shorter stretch has nothing after it
+            entering = tl.where(k + UNROLL == ROWS, after, entering)
+        gradients += UNROLL * C
+        read = _rows_ahead(entering, keep, k + UNROLL, tl.minimum(high, end), stride_l, UNROLL)
+        given = _rows_ahead(gradients, keep, k + UNROLL - HALF, high, C, UNROLL, low)
+        for s in tl.static_range(UNROLL):
+            j = k + s
+            if HAS_IDS:
+                numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
+                own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
+            reached = ()
+            window = window + (rows[s].to(tl.float32),)
+            pre = start
+            for t in tl.static_range(WIDTH):
                 if HAS_IDS:
-                    numbers = numbers + (tl.load(ids + j, mask=j < high, other=-2),)
-                    own_number = tl.where(numbers[2 * HALF] >= 0, numbers[2 * HALF], -9)  # padding reaches nothing
-                reached = ()
-                window = window + (rows[s].to(tl.float32),)
-                pre = start
-                for t in tl.static_range(WIDTH):
-                    value = window[t]
-                    if HAS_IDS:
-                        value = tl.where(numbers[HALF + t] == own_number, value, 0.0)
-                    reached = reached + (value,)
-                    pre += value * taps[t]
-                g = given[s].to(tl.float32)
-                if ACTIVATION:
-                    sigmoid = tl.sigmoid(pre)
-                    g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
+                    reached = reached + (tl.where(numbers[HALF + t] == own_number, window[t], 0.0),)
+                else:
+                    reached = reached + (window[t],)
+                pre += reached[t] * taps[t]
+            g = own_given[s].to(tl.float32)
+            if ACTIVATION:
+                sigmoid = tl.sigmoid(pre)
+                g *= sigmoid * (1.0 + pre * (1.0 - sigmoid))
+            if HAS_IDS:
+                g = tl.where(own_number >= 0, g, 0.0)
+            grads = grads + (g,)
+            own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
+            more = ()
+            for t in tl.static_range(WIDTH):
+                more = more + (sums[t] + own * reached[t],)
+            sums = more + (sums[WIDTH] + own,)
+            out = zero
+            for t in tl.static_range(WIDTH):
                 if HAS_IDS:
-                    g = tl.where(own_number >= 0, g, 0.0)
-                grads = grads + (g,)
-                own = tl.where((j >= HALF) & (j - HALF < count), g, 0.0)
-                more = ()
-                for t in tl.static_range(WIDTH):
-                    more = more + (sums[t] + own * reached[t],)
-                sums = more + (sums[WIDTH] + own,)
-                out = zero
-                for t in tl.static_range(WIDTH):
-                    if HAS_IDS:
-                        out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
-                    else:
-                        out += grads[2 * HALF - t] * taps[t]
-                i = j - 2 * HALF
-                tl.store(dx + i * stride_dl + c, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
-                window = window[1:]
-                grads = grads[1:]
-                if HAS_IDS:
-                    numbers = numbers[1:]
-    table += stretch * ((WIDTH + HAS_BIAS) * C) + c
-    for t in tl.static_range(WIDTH + HAS_BIAS):
-        tl.store(table + t * C, sums[t], mask=keep)
+                    out += tl.where(numbers[2 * HALF - t] == numbers[HALF], grads[2 * HALF - t], 0.0) * taps[t]
+                else:
+                    out += grads[2 * HALF - t] * taps[t]
+            i = j - 2 * HALF
+            tl.store(leaving + s * stride_dl, out.to(dx.dtype.element_ty), mask=keep & (i >= 0) & (i < count))
+            window = window[1:]
+            grads = grads[1:]
+            if HAS_IDS:
+                numbers = numbers[1:]
+        leaving += UNROLL * stride_dl
+    table += stretch * ((WIDTH + HAS_BIAS) * C)
+    for t in tl.static_range(WIDTH):
+        tl.store(table + c * WIDTH + t, sums[t], mask=keep)
+    if HAS_BIAS:
+        tl.store(table + WIDTH * C + c, sums[WIDTH], mask=keep)
 
 
 @dataclass(frozen=True)
@@ -252,12 +266,13 @@ class ConvConfig:
 
     rows: int = 32
     channels: int = 128
-    unroll: int = 8
+    unroll: int = 8  # the stretch is a multiple of them
     warps: int = 2
 
 
 FORWARD = ConvConfig()
 BACKWARD = ConvConfig(rows=256, channels=64, warps=1)
+HALO = 256  # channels of a program that copies what lies beside a stretch
 
 
 def conv_forward(
@@ -296,18 +311,18 @@ def conv_backward(
     # A row that is one stretch has nothing beside it; within a stretch, what is written is read no more.
     in_place, halo = stretches > 1 and dx.data_ptr() == x.data_ptr(), x
     if in_place:
-        halo = torch.empty(batch * stretches, 4 * (width // 2), C, dtype=x.dtype, device=x.device)
-        _halo_kernel[grid](
-            x, halo, L, stretches, x.stride(0), C, x.stride(1), HALF=width // 2, ROWS=how.rows, BLOCK_C=how.channels,
-            num_warps=how.warps,
+        # Rows as far apart as those of x: a step goes from one to the other by its pointer alone.
+        halo = torch.empty(batch * stretches, 4 * (width // 2), x.stride(1), dtype=x.dtype, device=x.device)
+        _halo_kernel[(batch * stretches * cdiv(C, HALO),)](
+            x, halo, L, stretches, x.stride(0), C, x.stride(1), HALF=width // 2, ROWS=how.rows, BLOCK_C=HALO,
+            num_warps=4,
         )  # fmt: skip
-    table = torch.empty(batch * stretches, width + (bias is not None), C, dtype=torch.float32, device=x.device)
+    table = torch.empty(batch * stretches, (width + (bias is not None)) * C, dtype=torch.float32, device=x.device)
     _backward_kernel[grid](
         dy, x, weight, weight if bias is None else bias, x if ids is None else ids, halo, dx, table, L, stretches,
         x.stride(0), dx.stride(0), C, x.stride(1), dx.stride(1), WIDTH=width, ACTIVATION=activation,
         HAS_BIAS=bias is not None, HAS_IDS=ids is not None, IN_PLACE=in_place, ROWS=how.rows, BLOCK_C=how.channels,
         UNROLL=how.unroll, num_warps=how.warps,
     )  # fmt: skip
-    sums = table.sum(0)
-    dweight = sums[:width].T.unsqueeze(1).contiguous().to(weight.dtype)
-    return dweight, None if bias is None else sums[width].to(bias.dtype, copy=True)
+    dweight, dbias = column_sums(table, width * C, weight.dtype, None if bias is None else bias.dtype)
+    return dweight.view(weight.shape), None if bias is None else dbias

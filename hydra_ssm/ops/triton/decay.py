@@ -163,6 +163,7 @@ def _decay_kernel(
     HAS_IDS: tl.constexpr,
     HAS_DIAGONAL: tl.constexpr,
     PROJECTED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     SHIFTED: tl.constexpr,
     FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -191,6 +192,8 @@ def _decay_kernel(
         else:
             at = diagonal + place[:, None] * stride_dl + h[None, :] * stride_dh
             d = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_OFFSET:
+                d += tl.load(offset + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
         tl.store(diagonals + to, tl.trans(d), mask=tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q)))
     f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
     b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
@@ -278,15 +281,16 @@ class Decays(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """The diagonal (B, L, H) as weight x + offset, summed in float32."""
+    """The diagonal (B, L, H) as weight x + offset."""
 
     x: Tensor  # (B, L, K), the last stride unit
     weight: Tensor  # (H, K)
     offset: Tensor  # (H,)
+    product: Tensor | None = None  # (B, L, H) weight x, in the dtype of x, if it is known
 
-    def rounded(self) -> Tensor:
-        """It in the dtype of x, by a kernel of its own: faster than here where there is much to read."""
-        return F.linear(self.x, self.weight.to(self.x.dtype), self.offset.to(self.x.dtype))
+    def multiplied(self) -> Projection:
+        """It with the product, by a kernel of its own: faster than with the decays where there is much to read."""
+        return self._replace(product=F.linear(self.x, self.weight.to(self.x.dtype)))
 
 
 @dataclass(frozen=True)
@@ -318,11 +322,13 @@ def chunk_decays(
     sums, totals = empty(chunks * Q, 4), empty(chunks, 2)
     apart = None if folded else empty(chunks * Q, 8)
     diagonals = None if diagonal is None else empty(chunks * Q)
-    projected = isinstance(diagonal, Projection)
+    given: Tensor | None
+    if isinstance(diagonal, Projection):
+        weight, offset, projected = diagonal.weight, diagonal.offset, diagonal.product is None
+        given = diagonal.x if projected else diagonal.product
+    else:
+        given, weight, offset, projected = diagonal, None, None, False
     config = PROJECTED if projected else GIVEN
-    given, weight, offset = (
-        (diagonal.x, diagonal.weight, diagonal.offset) if isinstance(diagonal, Projection) else (diagonal, None, None)
-    )
     block = min(next_power_of_2(H), config.heads)
     _decay_kernel[(batch * chunks, cdiv(H, block))](
         dt_f, dt_b, A, *(dt_f if t is None else t for t in (bias, ids, given, weight, offset)),
@@ -330,7 +336,8 @@ def chunk_decays(
         L, H, chunks, 0 if weight is None else weight.shape[1], steps.A_stride, *steps.limits,
         *dt_f.stride(), *dt_b.stride(), *((0, 0, 0) if given is None else given.stride()),
         RAW=bias is not None, HAS_IDS=ids is not None, HAS_DIAGONAL=given is not None, PROJECTED=projected,
-        SHIFTED=shifted, FOLDED=folded, PRECISION=precision, LOG2=LOG2E, SMALLEST=SMALLEST_STEP, MOST=STRONGEST,
-        Q=Q, BLOCK_H=block, BLOCK_K=config.values, STAGES=config.stages, num_warps=config.warps,
+        HAS_OFFSET=offset is not None, SHIFTED=shifted, FOLDED=folded, PRECISION=precision, LOG2=LOG2E,
+        SMALLEST=SMALLEST_STEP, MOST=STRONGEST, Q=Q, BLOCK_H=block, BLOCK_K=config.values, STAGES=config.stages,
+        num_warps=config.warps,
     )  # fmt: skip
     return Decays(sums, apart, totals, diagonals, shifted)

@@ -39,108 +39,6 @@ def _through(values, state, us, weight, PACKED: tl.constexpr, PRECISION: tl.cons
     return part, tl.sum(_product(part, us, PACKED), 1)
 
 
-@triton.jit
-def _part(
-    v,
-    u_f,
-    u_b,
-    decays,
-    steps,
-    totals,
-    ids,
-    states,
-    other_states,
-    through,
-    sums,
-    products,
-    L,
-    chunks,
-    chunk,
-    held,
-    through_stride,
-    sums_stride,
-    product_stride,
-    state_stride,
-    other_stride,
-    stride_vl,
-    stride_vh,
-    stride_fl,
-    stride_bl,
-    heads,
-    READS: tl.constexpr,
-    NEIGHBOUR: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PACKED: tl.constexpr,
-    Q: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """C of both directions (READS: u = C, v = dy, states = S) or B (u = B, v = x, states = T)."""
-    i = tl.arange(0, Q)
-    n = tl.arange(0, N)
-    p = tl.arange(0, P)
-    begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
-    limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-    us_f = load_features(u_f, i, begin, limit, chunk, stride_fl, n, 0, NEIGHBOUR)
-    us_b = load_features(u_b, i, begin, limit, chunk, stride_bl, n, 1, NEIGHBOUR)
-    grad_f = tl.zeros([Q, N], tl.float32)
-    grad_b = tl.zeros([Q, N], tl.float32)
-    if HAS_IDS:
-        ids += begin
-        id_ = tl.load(ids + i, mask=i < limit, other=-4)
-        first = tl.load(ids)
-        last = tl.load(ids + tl.minimum(limit, Q) - 1)
-        left = tl.load(ids - 1, mask=chunk > 0, other=-2)
-        right = tl.load(ids + Q, mask=limit > Q, other=-2)
-        allowed_f = (id_ == (left if READS else last)).to(tl.float32)
-        allowed_b = (id_ == (right if READS else first)).to(tl.float32)
-    vs = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
-    entry = n[:, None] * P + p[None, :]
-    for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
-        row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
-        total_f = tl.load(totals + h * chunks * 2)
-        total_b = tl.load(totals + h * chunks * 2 + 1)
-        if READS:
-            weight_f = tl.exp2(row_f)
-            weight_b = tl.exp2(row_b)
-        else:
-            at = steps + h * (chunks * Q * 8)
-            weight_f, weight_b = load_weights(column_f, column_b, total_f, total_b, at, i, FOLDED)
-        if HAS_IDS:
-            weight_f *= allowed_f
-            weight_b *= allowed_b
-        values = tl.load(vs + h * stride_vh, mask=(i < limit)[:, None], other=0.0)
-        state_f = tl.load(states + h * (N * P) + entry)
-        part, along = _through(values, state_f, us_f, weight_f, PACKED, PRECISION)
-        grad_f += part
-        tl.store(sums + h * (held * Q) + i, along)
-        state_b = tl.load(states + (h * (N * P) + state_stride) + entry)
-        part, along = _through(values, state_b, us_b, weight_b, PACKED, PRECISION)
-        grad_b += part
-        tl.store(sums + 2 * sums_stride + h * (held * Q) + i, along)
-        # 2^total <T, S>: the causal one here, the anticausal one where B is.
-        if READS:
-            other = tl.load(other_states + h * (N * P) + entry)
-            g = tl.exp2(total_f)
-            if HAS_IDS:
-                g *= (left == last).to(tl.float32)
-            product = _product(state_f, other, PACKED)
-        else:
-            other = tl.load(other_states + (h * (N * P) + other_stride) + entry)
-            g = tl.exp2(total_b)
-            if HAS_IDS:
-                g *= (right == first).to(tl.float32)
-            product = _product(state_b, other, PACKED)
-        tl.store(products + (1 - READS) * product_stride + h * held, g * tl.sum(product))
-    to = through + i[:, None] * N + n[None, :]
-    tl.store(to, grad_f)
-    tl.store(to + 2 * through_stride, grad_b)
-
-
 @triton.jit(do_not_specialize=["L", "chunks", "start", "held", "G", "heads"])
 def _feature_grads_kernel(
     x,
@@ -206,33 +104,87 @@ def _feature_grads_kernel(
     chunk = start + place
     batch = pid // (2 * G * held)
     head0 = group * HEADS
+    # C is of the rows (values dy, states S), B of the columns (x, T). Of the directions, C has the causal one first,
+    # B the other, and what goes wholly through the chunk, 2^total <T, S>, is found for the one that is first.
+    rows = kind == 0
+    shift = ((kind - 1) * SHIFTED).to(tl.int32)
     first = batch * G * HEADS + head0
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 8)
     totals += (first * chunks + chunk) * 2
-    sums += (first * held + place) * Q + kind * sums_stride
-    products += first * held + place
-    ids += batch * L
+    products += kind * product_stride + first * held + place
+    sums += (first * held + place) * Q
+    first_sums = sums + 3 * kind * sums_stride
+    second_sums = sums + (2 - kind) * sums_stride
+    through += ((batch * G + group) * held + place) * (Q * N)
+    i = tl.arange(0, Q)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+    limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+
+    dy += batch * stride_yb + head0 * stride_yh
+    x += batch * stride_xb + head0 * stride_xh
+    stride_vl = tl.where(rows, stride_yl, stride_xl)
+    stride_vh = tl.where(rows, stride_yh, stride_xh)
+    v = tl.where(rows, dy, x) + begin * stride_vl
+    in_tile = i[:, None] * stride_vl + p[None, :]
+    C_f += batch * stride_Cfb + group * stride_Cfg
+    B_b += batch * stride_Bbb + group * stride_Bbg
+    C_b += batch * stride_Cbb + group * stride_Cbg
+    B_f += batch * stride_Bfb + group * stride_Bfg
+    u = tl.where(rows, C_f, B_b)
+    us = load_features(u, i, begin, limit, chunk, tl.where(rows, stride_Cfl, stride_Bbl), n, shift)
+    u = tl.where(rows, C_b, B_f)
+    other_us = load_features(u, i, begin, limit, chunk, tl.where(rows, stride_Cbl, stride_Bfl), n, -shift)
     at = ((batch * held + place) * G + group) * (HEADS * N * P)
-    states += at
-    adjoint += at
-    through += ((batch * G + group) * held + place) * (Q * N) + kind * through_stride
-    if kind == 0:
-        _part(
-            dy + batch * stride_yb + head0 * stride_yh, C_f + batch * stride_Cfb + group * stride_Cfg,
-            C_b + batch * stride_Cbb + group * stride_Cbg, decays, steps, totals, ids, states, adjoint, through, sums,
-            products, L, chunks, chunk, held, through_stride, sums_stride, product_stride, state_stride, adjoint_stride,
-            stride_yl, stride_yh, stride_Cfl, stride_Cbl, heads, 1, SHIFTED, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
-            PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        _part(
-            x + batch * stride_xb + head0 * stride_xh, B_f + batch * stride_Bfb + group * stride_Bfg,
-            B_b + batch * stride_Bbb + group * stride_Bbg, decays, steps, totals, ids, adjoint, states, through, sums,
-            products, L, chunks, chunk, held, through_stride, sums_stride, product_stride, adjoint_stride, state_stride,
-            stride_xl, stride_xh, stride_Bfl, stride_Bbl, heads, 0, 0, HEADS, HAS_IDS, FOLDED, PACKED, Q, N, P,
-            PRECISION, STAGES,
-        )  # fmt: skip
+    entry = n[:, None] * P + p[None, :]
+    S = states + kind * state_stride
+    T = adjoint + kind * adjoint_stride
+    own = tl.where(rows, S, T) + at
+    across = tl.where(rows, T, S) + at
+    other = tl.where(rows, states + state_stride, adjoint) + at
+    grad = tl.zeros([Q, N], tl.float32)
+    other_grad = tl.zeros([Q, N], tl.float32)
+    if HAS_IDS:
+        ids += batch * L + begin
+        id_ = tl.load(ids + i, mask=i < limit, other=-4)
+        leftmost = tl.load(ids)
+        rightmost = tl.load(ids + tl.minimum(limit, Q) - 1)
+        left = tl.load(ids - 1, mask=chunk > 0, other=-2)
+        right = tl.load(ids + Q, mask=limit > Q, other=-2)
+        allowed = (id_ == tl.where(rows, left, leftmost)).to(tl.float32)
+        other_allowed = (id_ == tl.where(rows, right, rightmost)).to(tl.float32)
+        goes_through = tl.where(rows, left == rightmost, right == leftmost).to(tl.float32)
+    for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
+        row_f, row_b, column_f, column_b = load_decays(decays + h * (chunks * Q * 4), i)
+        total_f = tl.load(totals + h * chunks * 2)
+        total_b = tl.load(totals + h * chunks * 2 + 1)
+        if FOLDED:
+            weight = tl.exp2(tl.where(rows, row_f, total_b - column_b))
+            other_weight = tl.exp2(tl.where(rows, row_b, total_f - column_f))
+        else:
+            own_steps = steps + h * (chunks * Q * 8)
+            weight_f, weight_b = load_weights(column_f, column_b, total_f, total_b, own_steps, i, FOLDED)
+            weight = tl.where(rows, tl.exp2(row_f), weight_b)
+            other_weight = tl.where(rows, tl.exp2(row_b), weight_f)
+        g = tl.exp2(tl.where(rows, total_f, total_b))
+        if HAS_IDS:
+            weight *= allowed
+            other_weight *= other_allowed
+            g *= goes_through
+        values = tl.load(v + h * stride_vh + in_tile, mask=(i < limit)[:, None], other=0.0)
+        state = tl.load(own + h * (N * P) + entry)
+        part, along = _through(values, state, us, weight, PACKED, PRECISION)
+        grad += part
+        tl.store(first_sums + h * (held * Q) + i, along)
+        tl.store(products + h * held, g * tl.sum(_product(state, tl.load(across + h * (N * P) + entry), PACKED)))
+        part, along = _through(values, tl.load(other + h * (N * P) + entry), other_us, other_weight, PACKED, PRECISION)
+        other_grad += part
+        tl.store(second_sums + h * (held * Q) + i, along)
+    to = through + i[:, None] * N + n[None, :]
+    tl.store(to + 3 * kind * through_stride, grad)
+    tl.store(to + (2 - kind) * through_stride, other_grad)
 
 
 @dataclass(frozen=True)

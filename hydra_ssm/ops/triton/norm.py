@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..backend import WIDEST_NORM
 from .sizes import cdiv, next_power_of_2
+from .sums import column_sums
 
 MOST_WARPS = 16
 LARGEST_STAGE = 8192  # bytes of each operand that are loaded ahead
@@ -167,8 +168,8 @@ def norm_backward(
         dout, y, z, weight, rstd, y if x is None else x, dy, dz, dy if ddiagonal is None else ddiagonal, table,
         batch * L, L, *z.stride()[:2], *dz.stride()[:2], apart, P=P, **constants,
     )  # fmt: skip
-    sums = table.sum(0)
-    return NormGrads(sums[:D].to(weight.dtype, copy=True), ddiagonal, None if x is None else sums[D:])
+    dweight, diagonal_sum = column_sums(table, D, weight.dtype, torch.float32)
+    return NormGrads(dweight, ddiagonal, None if x is None else diagonal_sum)
 
 
 def _check(shape: torch.Size, packed: tuple[Tensor, ...], strided: tuple[Tensor, ...]) -> None:

@@ -15,7 +15,8 @@ from .sizes import cdiv
 from .states import StatesConfig
 from .value_grads import ValueGradsConfig
 
-AMPLE, SCARCE = 160_000, 96_000  # bytes of shared memory a program: A100 and beyond; less than other GPUs of NVIDIA's
+# Bytes of shared memory a program: H100 and beyond; A100; less than other GPUs of NVIDIA's.
+PLENTY, AMPLE, SCARCE = 200_000, 160_000, 96_000
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
 STRETCH = 32  # chunks that a program walks through, where programs for all of them would be few
 HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
@@ -40,8 +41,8 @@ class Plan:
 
 
 @cache
-def _shared_memory(index: int) -> int:
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+def _properties(index: int) -> dict[str, int]:
+    return driver.active.utils.get_device_properties(index)
 
 
 @cache
@@ -49,11 +50,15 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def _of(device: torch.device, name: str, otherwise: int) -> int:
+    if device.type != "cuda" or not _has_gpu():
+        return otherwise
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)[name]
+
+
 def room(device: torch.device) -> int:
     """Bytes of shared memory that a program on this device may have."""
-    if device.type != "cuda" or not _has_gpu():
-        return AMPLE
-    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    return _of(device, "max_shared_mem", AMPLE)
 
 
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
@@ -69,6 +74,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     split = heads & -heads if few and G == 1 else 1  # the power of two in it: one program more to compile, not many
     single, wide = x.dtype == torch.float32, max(N, P) > 64
     stages: tuple[int, int, int]  # of the states, the value gradients and the feature gradients
+    deep = 0
     if bytes_ < SCARCE or (single and wide and bytes_ < AMPLE):
         chunk, output, stages = 32, OutputConfig(heads // split, 32, False, 4, 1), (1, 1, 1)
     elif single or wide:
@@ -77,16 +83,22 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         stages = (3, 2, 1) if single else (3, 2, 2) if bytes_ >= AMPLE else (3, 1, 1)
     elif L <= 128 or (not backward and bytes_ >= AMPLE):
         chunk, output = 128, OutputConfig(heads // split, 128, False, 8, 4)
-        stages = (2 if L <= 512 else 3, 2, 3)
+        stages, deep = (2 if L <= 512 else 3, 2, 3), 5 if bytes_ >= PLENTY else 0
     else:
-        chunk, output, stages = 64, OutputConfig(heads // split, 64, True, 4, 3), (3, 2, 3)
+        chunk, output = 64, OutputConfig(heads // split, 64, True, 4, 3)
+        stages, deep = (4 if L <= 1024 else 3, 2, 3), 7 if bytes_ >= PLENTY else 0
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
         held=cdiv(max(HELD, cdiv(batch * L, MOST_PARTS)), chunk),
         project=few and H * P <= NARROW,
-        states=StatesConfig(stretch=STRETCH if batch * H < 64 else 0, stages=stages[0]),
+        states=StatesConfig(
+            stretch=STRETCH if batch * H < 64 else 0,
+            stages=stages[0],
+            deep=deep,
+            processors=_of(x.device, "multiprocessor_count", 1),
+        ),
         output=output,
         value_grads=ValueGradsConfig(stages=stages[1]),
         feature_grads=FeatureGradsConfig(stages=stages[2]),

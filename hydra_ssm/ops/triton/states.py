@@ -25,79 +25,20 @@ from .decay import Decays, load_decays, load_weights
 from .sizes import cdiv, next_power_of_2
 from .tiles import load_borders, load_features
 
+LONG = 16  # chunks of a walk that is worth reading far ahead
+
 
 @triton.jit
-def _weights(decays, steps, total, i, DIRECTION: tl.constexpr, ADJOINT: tl.constexpr, FOLDED: tl.constexpr):
+def _weights(decays, steps, total, i, direction, ADJOINT: tl.constexpr, FOLDED: tl.constexpr):
     row_f, row_b, column_f, column_b = load_decays(decays, i)
     if ADJOINT:
-        w = tl.exp2(row_f if DIRECTION == 0 else row_b)
+        w = tl.exp2(tl.where(direction == 0, row_f, row_b))
+    elif FOLDED:
+        w = tl.exp2(total - tl.where(direction == 0, column_f, column_b))
     else:
         w_f, w_b = load_weights(column_f, column_b, total, total, steps, i, FOLDED)
-        w = w_f if DIRECTION == 0 else w_b
+        w = tl.where(direction == 0, w_f, w_b)
     return w
-
-
-@triton.jit
-def _walk(
-    u,
-    v,
-    decays,
-    steps,
-    totals,
-    ids,
-    states,
-    borders,
-    L,
-    chunks,
-    first,
-    count,
-    state_stride,
-    stride_ul,
-    stride_vl,
-    DIRECTION: tl.constexpr,
-    ADJOINT: tl.constexpr,
-    NEIGHBOUR: tl.constexpr,
-    BORDERS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    FOLDED: tl.constexpr,
-    Q: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Chunks first .. first + count - 1, in the order that the direction reads them."""
-    i = tl.arange(0, Q)
-    n = tl.arange(0, N)
-    p = tl.arange(0, P)
-    entry = n[:, None] * P + p[None, :]
-    if BORDERS:
-        state = tl.load(borders + entry)
-    else:
-        state = tl.zeros([N, P], tl.float32)
-    for s in tl.range(0, count, num_stages=STAGES):
-        if DIRECTION == ADJOINT:
-            chunk = first + s
-        else:
-            chunk = first + count - 1 - s
-        to = states + chunk * state_stride + entry
-        # Written once, read by later kernels: what the other direction still has to read should stay in the cache.
-        tl.store(to, state.to(states.dtype.element_ty), eviction_policy="evict_first")
-        begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
-        limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
-        values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
-        values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
-        us = load_features(u, i, begin, limit, chunk, stride_ul, n, DIRECTION, NEIGHBOUR)
-        total = tl.load(totals + chunk * 2 + DIRECTION)
-        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total, i, DIRECTION, ADJOINT, FOLDED)
-        g = tl.exp2(total)
-        if HAS_IDS:
-            before, last = load_borders(ids + begin, limit, chunk, DIRECTION, Q)
-            own = tl.load(ids + begin + i, mask=i < limit, other=-3)
-            w = tl.where(own == (before if ADJOINT else last), w, 0.0)
-            g = tl.where(before == last, g, 0.0)
-        values = (values.to(tl.float32) * w[:, None]).to(us.dtype)
-        state = tl.dot(tl.trans(us), values, state * g, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "stretch", "stretches", "start", "held"])
@@ -156,18 +97,39 @@ def _states_kernel(
     slot = direction * (tl.num_programs(0) // (2 * H)) + batch  # (direction, batch) as one number
     states += ((slot * held - start) * H + head) * (N * P)
     borders += ((slot * stretches + number) * H + head) * (N * P)
-    if direction == 0:
-        _walk(
-            u_f + batch * stride_fb + group * stride_fg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_fl, stride_vl,
-            0, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
-        )  # fmt: skip
+    # One loop for both: what a loop reads ahead has a place of its own, and a second would halve the programs at once.
+    forward = direction == 0
+    u = tl.where(forward, u_f + batch * stride_fb + group * stride_fg, u_b + batch * stride_bb + group * stride_bg)
+    stride_ul = tl.where(forward, stride_fl, stride_bl)
+    leftwards = direction != ADJOINT
+    i = tl.arange(0, Q)
+    n = tl.arange(0, N)
+    p = tl.arange(0, P)
+    entry = n[:, None] * P + p[None, :]
+    if BORDERS:
+        state = tl.load(borders + entry)
     else:
-        _walk(
-            u_b + batch * stride_bb + group * stride_bg, v, decays, steps, totals, ids, states, borders, L, chunks,
-            first, count, H * N * P, stride_bl, stride_vl,
-            1, ADJOINT, NEIGHBOUR, BORDERS, HAS_IDS, FOLDED, Q, N, P, PRECISION, STAGES,
-        )  # fmt: skip
+        state = tl.zeros([N, P], tl.float32)
+    for s in tl.range(0, count, num_stages=STAGES):
+        chunk = first + tl.where(leftwards, count - 1 - s, s)
+        to = states + chunk * (H * N * P) + entry
+        # Written once, read by later kernels: what the other direction still has to read should stay in the cache.
+        tl.store(to, state.to(states.dtype.element_ty), eviction_policy="evict_first")
+        begin = chunk * Q  # offsets inside the chunk fit into 32 bits: they are many, and registers are few
+        limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
+        values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
+        values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
+        us = load_features(u, i, begin, limit, chunk, stride_ul, n, NEIGHBOUR * (2 * direction - 1))
+        total = tl.load(totals + chunk * 2 + direction)
+        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total, i, direction, ADJOINT, FOLDED)
+        g = tl.exp2(total)
+        if HAS_IDS:
+            before, last = load_borders(ids + begin, limit, chunk, direction, Q)
+            own = tl.load(ids + begin + i, mask=i < limit, other=-3)
+            w = tl.where(own == (before if ADJOINT else last), w, 0.0)
+            g = tl.where(before == last, g, 0.0)
+        values = (values.to(tl.float32) * w[:, None]).to(us.dtype)
+        state = tl.dot(tl.trans(us), values, state * g, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["L", "chunks", "stretch"])
@@ -202,7 +164,6 @@ def _stretch_kernel(
     N: tl.constexpr,
     P: tl.constexpr,
     PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """What each stretch adds to the state of either direction, in one pass from left to right. Grid (B H, stretches).
 
@@ -236,14 +197,14 @@ def _stretch_kernel(
     if HAS_IDS:
         place = first * Q - ADJOINT
         leaves = tl.load(ids + place, mask=place >= 0, other=-2)
-    for s in tl.range(0, count, num_stages=STAGES):
+    for s in tl.range(0, count, num_stages=1):  # many programs at once are better here than reading ahead
         chunk = first + s
         begin = chunk * Q
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
-        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, A, NEIGHBOUR)
-        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, 1 - A, NEIGHBOUR)
+        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, NEIGHBOUR * (2 * A - 1))
+        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, NEIGHBOUR * (1 - 2 * A))
         total_left = tl.load(totals + chunk * 2 + A)
         total_right = tl.load(totals + chunk * 2 + 1 - A)
         w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_left, i, A, ADJOINT, FOLDED)
@@ -321,15 +282,24 @@ def _join_kernel(
 
 @dataclass(frozen=True)
 class StatesConfig:
-    """Chunks of a stretch (0: all of them in one walk), warps and stages."""
+    """Chunks of a stretch (0: all of them in one walk), warps, and how many chunks a walk reads ahead, as stages."""
 
     stretch: int = 0
     warps: int = 4
     stages: int = 2
+    deep: int = 0  # stages where a multiprocessor goes through few long walks at once; 0: as everywhere
+    processors: int = 1 << 30  # multiprocessors of the device
 
     def length(self, chunks: int) -> int:
         """Chunks of a stretch, where there are so many."""
         return self.stretch if 0 < self.stretch < chunks else chunks
+
+    def ahead(self, walks: int, length: int) -> int:
+        """Stages of so many walks. With deep ones a multiprocessor has room for one walk or two: what one direction has
+        read is then still in the cache when the other comes by. But not if that takes a second wave, or very many.
+        """
+        few = walks <= self.processors or 2 * self.processors < walks < 8 * self.processors
+        return self.deep if self.deep and length >= LONG and few else self.stages
 
 
 def _launch(
@@ -345,7 +315,7 @@ def _launch(
     options = {
         "ADJOINT": int(adjoint), "NEIGHBOUR": int(adjoint and decays.shifted), "HAS_IDS": ids is not None,
         "FOLDED": decays.steps is None, "Q": Q, "N": u_f.shape[3], "P": v.shape[3], "PRECISION": precision,
-        "STAGES": config.stages, "num_warps": config.warps,
+        "num_warps": config.warps,
     }  # fmt: skip
     strides = (*u_f.stride()[:3], *u_b.stride()[:3], *v.stride()[:3])
     return inputs, (L, H, H // u_f.shape[2], cdiv(L, Q), config.length(cdiv(L, Q))), strides, options
@@ -390,9 +360,11 @@ def chunk_states(
     some = range(cdiv(L, Q)) if some is None else some
     inputs, sizes, strides, options = _launch(u_f, u_b, v, decays, ids, Q, config, precision, adjoint)
     stretch = sizes[-1]
+    grid = 2 * batch * H, cdiv(len(some), stretch)
     states = torch.empty(2, batch, len(some), H, u_f.shape[3], P, dtype=v.dtype, device=v.device)
-    _states_kernel[2 * batch * H, cdiv(len(some), stretch)](
+    _states_kernel[grid](
         *inputs, states, decays.sums if borders is None else borders, *sizes, 1 if borders is None else
-        borders.shape[2], some.start, len(some), *strides, BORDERS=borders is not None, **options,
+        borders.shape[2], some.start, len(some), *strides, BORDERS=borders is not None,
+        STAGES=config.ahead(grid[0] * grid[1], stretch), **options,
     )  # fmt: skip
     return states

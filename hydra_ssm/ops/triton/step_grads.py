@@ -25,6 +25,7 @@ from torch import Tensor
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
 from .feature_grads import StateGrads
 from .sizes import cdiv, next_power_of_2
+from .sums import column_sums
 from .value_grads import TileSums
 
 BLOCK_HEADS = 8
@@ -109,6 +110,7 @@ def _step_grads_kernel(
     out_stride_bb,
     out_stride_bl,
     out_stride_bh,
+    SHARED: tl.constexpr,
     SHIFTED: tl.constexpr,
     RAW: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -169,10 +171,13 @@ def _step_grads_kernel(
     if RAW:
         dA_f *= rate_f
         dA_b *= rate_b
-    sums += (batch * chunks + chunk) * (3 * H) + h
-    tl.store(sums, dA_f, mask=h < H)
-    tl.store(sums + H, dA_b, mask=h < H)
-    tl.store(sums + 2 * H, raw_f + raw_b, mask=h < H)
+    sums += (batch * chunks + chunk) * ((3 - SHARED) * H) + h
+    if SHARED:
+        tl.store(sums, dA_f + dA_b, mask=h < H)
+    else:
+        tl.store(sums, dA_f, mask=h < H)
+        tl.store(sums + H, dA_b, mask=h < H)
+    tl.store(sums + (2 - SHARED) * H, raw_f + raw_b, mask=h < H)
     if HAS_DIAGONAL:
         d = tl.load(ddiagonals + at, mask=keep, other=0.0)
         to = ddiagonal + batch * L * H + place[None, :] * H + h[:, None]
@@ -184,7 +189,7 @@ class StepGrads(NamedTuple):
 
     ddt_f: Tensor  # (B, L, H), any strides
     ddt_b: Tensor
-    sums: Tensor  # (B, chunks, 3, H) float32
+    sums: Tensor  # (B, chunks, 2 or 3, H) float32: A's, of each direction where they have their own, and the bias's
     ddiagonal: Tensor | None  # (B, L, H)
 
     @classmethod
@@ -198,7 +203,7 @@ class StepGrads(NamedTuple):
         return cls(
             new(steps.dt_f) if ddt_f is None else ddt_f,
             new(steps.dt_b) if ddt_b is None else ddt_b,
-            torch.empty(batch, cdiv(L, Q), 3, H, dtype=torch.float32, device=device),
+            torch.empty(batch, cdiv(L, Q), 1 + steps.A.ndim, H, dtype=torch.float32, device=device),
             None if diagonal is None else new(diagonal),
         )
 
@@ -209,9 +214,9 @@ class StepGrads(NamedTuple):
 
     def summed(self, steps: Steps) -> tuple[Tensor, Tensor | None]:
         """dA and dbias, in their tensors' dtypes."""
-        A, bias, sums = steps.A, steps.bias, self.sums.flatten(0, 1)
-        dA = sums[:, :2].sum((0, 1) if A.ndim == 1 else 0).to(A.dtype)
-        return dA, None if bias is None else sums[:, 2].sum(0).to(bias.dtype)
+        A, bias = steps.A, steps.bias
+        dA, dbias = column_sums(self.sums.flatten(0, 1), A.numel(), A.dtype, None if bias is None else bias.dtype)
+        return dA.view(A.shape), None if bias is None else dbias
 
 
 def step_grads(
@@ -232,8 +237,8 @@ def step_grads(
         tiles.rows if products is None else products, to.ddt_f, to.ddt_b, to.sums,
         to.sums if to.ddiagonal is None else to.ddiagonal, L, H, cdiv(L, Q), start, held, steps.A_stride,
         *steps.limits, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
-        *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHIFTED=int(shifted),
-        RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None, NEAR=tiles.near is not None,
-        HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=state_sums is not None, SMALLEST=SMALLEST_STEP,
-        MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
+        *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHARED=int(A.ndim == 1),
+        SHIFTED=int(shifted), RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
+        NEAR=tiles.near is not None, HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=state_sums is not None,
+        SMALLEST=SMALLEST_STEP, MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip

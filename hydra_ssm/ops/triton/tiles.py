@@ -12,27 +12,18 @@ import triton.language as tl
 
 
 @triton.jit
-def load_features(u, i, begin, limit, chunk, stride, n, DIRECTION: tl.constexpr, NEIGHBOUR: tl.constexpr):
-    """Features of the tokens i of a chunk: their own, or those of the neighbour that was read before (a row's C)."""
-    shift = 0
-    exists = i < limit
-    if NEIGHBOUR:
-        shift = 2 * DIRECTION - 1
-        if DIRECTION == 0:
-            exists = ((i > 0) | (chunk > 0)) & (i < limit)
-        else:
-            exists = i + 1 < limit
+def load_features(u, i, begin, limit, chunk, stride, n, shift):
+    """Features of the tokens i + shift of a chunk: their own, or a neighbour's (a shifted row's C); 0 past the ends."""
+    there = i + shift
+    exists = (i < limit) & (there < limit) & ((there >= 0) | (chunk > 0))
     at = u + (begin + shift) * stride + (i[:, None] * stride + n[None, :])
     return tl.load(at, mask=exists[:, None], other=0.0)
 
 
 @triton.jit
-def load_borders(ids, limit, chunk, DIRECTION: tl.constexpr, Q: tl.constexpr):
+def load_borders(ids, limit, chunk, direction, Q: tl.constexpr):
     """Documents of the token that is read before a chunk at `ids`, and of the chunk's token that is read last."""
-    if DIRECTION == 0:
-        before = tl.load(ids - 1, mask=chunk > 0, other=-2)
-        last = tl.load(ids + tl.minimum(limit, Q) - 1)
-    else:
-        before = tl.load(ids + Q, mask=limit > Q, other=-2)
-        last = tl.load(ids)
+    forward = direction == 0
+    before = tl.load(ids + tl.where(forward, -1, Q), mask=tl.where(forward, chunk > 0, limit > Q), other=-2)
+    last = tl.load(ids + tl.where(forward, tl.minimum(limit, Q) - 1, 0))
     return before, last
