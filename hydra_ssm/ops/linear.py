@@ -6,21 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as fwAD
 from torch.nn import functional as F
 
 from .._autograd import without_autocast
-from .backend import transforming
+from .backend import HAS_TRITON, transforming
 
-WIDE = 4  # outputs for each input, from which on cuBLAS is faster if it finds the gradient transposed: see the notes
+WIDE = (
+    4  # outputs for each input from which on cuBLAS is faster at W^T's gradient: version 19 of benchmarks/gpu/notes.md
+)
 
 
 def first_linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """u W^T + b, as F.linear; where u is rounded to 16 bits on a GPU and W is not, its gradient is not either."""
+    """u W^T + b, as F.linear; where autocast has the product in 16 bits on a GPU, the gradient of a W in float32 is."""
     learns = weight.requires_grad and torch.is_grad_enabled()
-    if not (u.is_cuda and learns and _plain(u, weight)) or transforming():
+    if not (u.is_cuda and learns and _plain(u, weight)) or transforming() or fwAD._current_level >= 0:
         return F.linear(u, weight, bias)
     dtype = _dtype(u, weight)
-    if weight.dtype != torch.float32 or dtype == torch.float32:
+    if weight.dtype != torch.float32 or dtype == torch.float32 or u.dtype not in (torch.float32, dtype):
         return F.linear(u, weight, bias)
     y: Tensor = _Linear.apply(u.to(dtype), weight, bias)
     return y
@@ -62,23 +65,35 @@ def _plain(u: Tensor, weight: Tensor) -> bool:
 
 def _weight_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T u (out, in) of dy (tokens, out) and u (tokens, in), in the dtype of the weight."""
-    if torch.is_grad_enabled() or dtype != torch.float32 or u.dtype == torch.float32:
+    if torch.is_grad_enabled() or transforming() or dtype != torch.float32 or u.dtype == torch.float32:
         return (dy.t() @ u).to(dtype)
-    if not u.is_cuda or dy.shape[1] < WIDE * u.shape[1]:
+    if not (u.is_cuda and HAS_TRITON) or dy.shape[1] < WIDE * u.shape[1]:
         return product(dy.t(), u)
+    from .triton.library import where_it_lies
     from .triton.transpose import transposed
 
-    return transposed(product(u.t(), dy))
+    return where_it_lies(transposed, product(u.t(), dy))  # type: ignore[no-any-return]
+
+
+def _keep(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The forward pass; keeps what the backward pass reads."""
+    cast = weight.to(u.dtype)
+    ctx.save_for_backward(u, weight, cast)
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    return F.linear(u, cast, None if bias is None else bias.to(u.dtype))
+
+
+def _of_parameters(ctx: Any, rows: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias."""
+    dweight = _weight_gradient(rows, values, weight.dtype) if ctx.needs_input_grad[1] else None
+    return dweight, rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(u.dtype)
-        ctx.save_for_backward(u, weight, cast)
-        ctx.set_materialize_grads(False)
-        ctx.bias = None if bias is None else bias.dtype
-        return F.linear(u, cast, None if bias is None else bias.to(u.dtype))
+        return _keep(ctx, u, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -88,20 +103,14 @@ class _Linear(torch.autograd.Function):
         with without_autocast(u.device):
             cast = weight.to(u.dtype) if torch.is_grad_enabled() else cast  # a second pass differentiates the first
             du = dy @ cast if ctx.needs_input_grad[0] else None
-            rows, values = dy.flatten(0, -2), u.flatten(0, -2)
-            dweight = _weight_gradient(rows, values, weight.dtype) if ctx.needs_input_grad[1] else None
-            dbias = rows.sum(0, dtype=ctx.bias) if ctx.needs_input_grad[2] else None
-        return du, dweight, dbias
+            rows, values = (t.reshape(-1, t.shape[-1]) for t in (dy, u))
+            return du, *_of_parameters(ctx, rows, values, weight)
 
 
 class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cast = weight.to(u.dtype)
-        ctx.save_for_backward(u, weight, cast)
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(u, cast, None if bias is None else bias.to(u.dtype))
+        return _keep(ctx, u, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -110,16 +119,15 @@ class _Last(torch.autograd.Function):
         u, weight, cast = ctx.saved_tensors
         once = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
         with without_autocast(u.device):
-            weight = weight.to(u.dtype) if torch.is_grad_enabled() else cast
+            cast = weight.to(u.dtype) if torch.is_grad_enabled() else cast
             rows, values = dy.flatten(0, 1), u.flatten(0, 1)
-            dweight = _weight_gradient(rows, values, ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
-            dbias = rows.sum(0, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+            dweight, dbias = _of_parameters(ctx, rows, values, weight)
             if not ctx.needs_input_grad[0]:
                 return None, dweight, dbias
             if not (once and type(u) is Tensor):
-                return (rows @ weight).view_as(u), dweight, dbias
+                return (rows @ cast).view_as(u), dweight, dbias
             du = u.detach()
-            torch.mm(rows, weight, out=du.view(-1, du.shape[-1]))
+            torch.mm(rows, cast, out=du.view(-1, du.shape[-1]))
         torch.autograd.graph.increment_version(u)
         du.spent = True  # type: ignore[attr-defined]
         return du, dweight, dbias

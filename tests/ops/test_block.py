@@ -392,6 +392,28 @@ def test_heads_and_values_that_fill_no_block_are_projected_whole() -> None:
     agree(layer(d_model=72, expand=2), torch.randn(2, 5, 72, device=DEVICE))  # 9 heads by two, 144 numbers by 128
 
 
+def test_a_diagonal_is_the_same_whoever_multiplies() -> None:
+    from hydra_ssm.ops.triton.decay import Projection, Steps, chunk_decays
+
+    x, weight, offset = (torch.randn(s, device=DEVICE) for s in ((2, 37, 48), (9, 48), (9,)))
+    dt = torch.rand(2, 37, 9, device=DEVICE)
+    projection = Projection(x, weight, offset)
+    steps = Steps(dt, dt, -torch.rand(9, device=DEVICE))
+    exact = (x.double() @ weight.double().T + offset.double()).mT
+    for form in (projection, projection.multiplied()):
+        found = chunk_decays(steps, None, form, 16, False).diagonal
+        torch.testing.assert_close(found[..., :37].double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_walks_read_far_ahead_where_they_are_long_and_fill_no_second_wave() -> None:
+    from hydra_ssm.ops.triton.states import StatesConfig
+
+    how = StatesConfig(stages=3, deep=7, processors=132)
+    walks = {(96, 128): 7, (192, 128): 3, (384, 32): 7, (768, 32): 7, (768, 8): 3, (3072, 32): 3}
+    assert {key: how.ahead(*key) for key in walks} == walks
+    assert StatesConfig(stages=3).ahead(768, 32) == 3
+
+
 def test_little_of_a_narrow_layer_has_its_diagonal_projected_beside_the_decays() -> None:
     from hydra_ssm.ops.triton.plan import plan
 

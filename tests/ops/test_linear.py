@@ -9,7 +9,8 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from hydra_ssm import Hydra
-from hydra_ssm.ops.linear import _Linear
+from hydra_ssm.ops import linear
+from hydra_ssm.ops.linear import _Last, _Linear
 from hydra_ssm.ops.triton.sums import column_sums
 from hydra_ssm.ops.triton.transpose import transposed
 
@@ -24,18 +25,62 @@ def test_gradients_of_a_projection_are_those_of_torch_and_of_second_order_too() 
     assert torch.autograd.gradgradcheck(_Linear.apply, (u, weight, bias))
 
 
+@pytest.mark.parametrize("function", [_Linear, _Last])
+@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("outputs", [30, 130], ids=["narrow", "wide"])
-def test_a_weight_in_float32_gets_a_gradient_of_float32_digits(outputs) -> None:
+def test_a_weight_in_float32_gets_a_gradient_of_float32_digits(outputs, triton, function, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "HAS_TRITON", triton)
     torch.manual_seed(0)
     u = torch.randn(2, 200, 24, device=HERE).bfloat16().requires_grad_()
     weight = torch.randn(outputs, 24, device=HERE, requires_grad=True)
+    bias = torch.randn(outputs, device=HERE, requires_grad=True)
     dy = torch.randn(2, 200, outputs, device=HERE).bfloat16()
-    _Linear.apply(u, weight, None).backward(dy)
-    exact = dy.double().flatten(0, 1).T @ u.detach().double().flatten(0, 1)
+    values = u.detach().clone()
+    y = function.apply(u, weight, bias)
+    with torch.autocast(HERE, torch.bfloat16):  # a backward pass within it is the same
+        y.backward(dy)
+    exact = dy.double().flatten(0, 1).T @ values.double().flatten(0, 1)
     assert weight.grad.dtype == torch.float32
     assert weight.grad.is_contiguous()
     assert (weight.grad - exact).norm() <= 1e-6 * exact.norm()  # 2e-3 where it is rounded
     assert torch.equal(u.grad, dy @ weight.detach().bfloat16())
+    torch.testing.assert_close(bias.grad.double(), dy.double().sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_knows_the_weight_and_not_its_copy() -> None:
+    torch.manual_seed(0)
+    u = torch.randn(2, 20, 12, device=HERE).bfloat16().requires_grad_()
+    weight = torch.randn(10, 12, device=HERE, requires_grad=True)
+    found = []
+    for f in (_Linear.apply, lambda u, w, b: F.linear(u, w.to(u.dtype), b)):
+        (du,) = torch.autograd.grad(f(u, weight, None).float().square().sum(), u, create_graph=True)
+        found.append(torch.autograd.grad(du.float().square().sum(), weight)[0])
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HERE == "cpu", reason="needs CUDA")
+def test_what_has_no_such_gradient_is_torchs_linear() -> None:
+    """Frozen weights, no gradients, transforms, forward mode, other types."""
+    u, weight = torch.randn(2, 5, 8, device="cuda"), torch.randn(6, 8, device="cuda", requires_grad=True)
+
+    def name(u: torch.Tensor, weight: torch.Tensor) -> str:
+        with torch.autocast("cuda", torch.bfloat16):
+            return type(linear.first_linear(u, weight, None).grad_fn).__name__
+
+    assert name(u, weight) == "_LinearBackward"
+    assert name(u, weight.detach()) == "NoneType"
+    with torch.no_grad():
+        assert name(u, weight) == "NoneType"
+    with torch.autograd.forward_ad.dual_level():
+        assert name(u, weight) != "_LinearBackward"
+    with torch.autocast("cuda", torch.bfloat16):
+        y = linear.first_linear(u, weight, None)
+    many = torch.eye(6, device="cuda", dtype=y.dtype)[:, None, None].expand(6, 2, 5, 6)
+    (found,) = torch.autograd.grad(y, weight, many, is_grads_batched=True)
+    expected = torch.zeros_like(found)
+    expected[range(6), range(6)] = u.bfloat16().float().sum((0, 1))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

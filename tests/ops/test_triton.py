@@ -30,7 +30,11 @@ def case(batch=1, length=40, heads=2, width=16, groups=1, state=16, documents=Fa
     features = [torch.randn(batch, length, groups, state) / state**0.5 for _ in range(4)]
     dt_f, dt_b = (torch.rand(batch, length, heads) * strong for _ in range(2))
     dt_f[:, length // 2] = 0.0
-    ids = (torch.rand(batch, length) < 0.15).cumsum(1) if documents else None
+    ids = None
+    if documents is True:
+        ids = (torch.rand(batch, length) < 0.15).cumsum(1)
+    elif documents:  # tokens of each
+        ids = (torch.arange(length) // documents).expand(batch, -1).contiguous()
     args = (x, dt_f, dt_b, -torch.rand(heads) - 0.1, *features, ids, torch.randn(batch, length, heads))
     half = (0, 4, 5, 6, 7, 9)
     return tuple(t if t is None else t.to(DEVICE, dtype if k in half else None) for k, t in enumerate(args))
@@ -101,6 +105,9 @@ CASES = [
     ({"length": 2, "width": 64}, (32, 1, 1, True)),
     ({"length": 67, "width": 32, "state": 64}, (16, 2, 1, False)),
     ({"length": 149, "documents": True}, (16, 2, 3, False)),
+    # Documents that end where chunks do, some of one chunk and some of more.
+    ({"length": 70, "documents": 16}, (16, 2, 0, False)),
+    ({"length": 149, "documents": 48}, (16, 2, 3, False)),
 ]
 
 

@@ -120,12 +120,29 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
         assert error(a, e) <= 2 * error(b, e) + unit, name
 
 
-@pytest.mark.parametrize(("length", "width"), [(1, 7), (16, 7), (17, 7), (37, 7), (31, 3)])
-def test_dx_may_be_the_memory_of_x(length, width, monkeypatch) -> None:
+def last_program_first(monkeypatch) -> None:
+    """Have the interpreter go through a grid from its end."""
+    if DEVICE == "cuda":
+        pytest.skip("a GPU has an order of its own")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    place = InterpreterBuilder.set_grid_idx
+    monkeypatch.setattr(
+        InterpreterBuilder, "set_grid_idx", lambda self, x, y, z: place(self, self.grid_dim[0] - 1 - x, y, z)
+    )
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("length", "width", "unroll"), [(1, 7, 8), (16, 7, 8), (17, 7, 8), (37, 7, 8), (31, 3, 8), (37, 9, 4)]
+)
+def test_dx_may_be_the_memory_of_x(length, width, unroll, backwards, monkeypatch) -> None:
     """Stretches follow each other in any order: what lies beside them must not be the new values, nor memory beyond."""
+    if backwards:
+        last_program_first(monkeypatch)
     leaves = case(length=length, channels=11, width=width)
     documents, dy = padded(length) if length > 5 else None, torch.randn_like(leaves[0])
-    how = replace(small(), unroll=8)
+    how = replace(small(), unroll=unroll)
     once = kernels(leaves, documents, True, dy, torch.empty_like(leaves[0]), how)
     empty = torch.empty
 
@@ -154,3 +171,8 @@ def test_a_convolution_without_bias() -> None:
     assert dweight.dtype == torch.float16
     assert error(dx, grads[0]) < 1e-5
     assert error(dweight, grads[1]) < 1e-3
+
+
+def test_a_stretch_that_is_no_multiple_of_its_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="a stretch must be a multiple of 8 rows, got 20"):
+        replace(small(), rows=20, unroll=8)

@@ -132,7 +132,7 @@ def _halo_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Copies the 2 HALF rows before and the 2 HALF rows after each stretch. Grid as forward."""
+    """Copies the 2 HALF rows before and the 2 HALF rows after each stretch. Grid as forward, of its own BLOCK_C."""
     batch, first, count, stretch, c = _place(L, C, stretches, ROWS, BLOCK_C)
     keep = c < C
     x += batch * stride_b
@@ -204,7 +204,7 @@ def _backward_kernel(
     entering, gradients, leaving = x + c, dy - HALF * C + c, dx - 2 * HALF * stride_dl + c
     end = count + 2 * HALF
     read = _rows_ahead(entering, keep, 0, tl.minimum(high, end), stride_l, UNROLL)
-    given = _rows_ahead(gradients, keep, -HALF, high, C, UNROLL, low)
+    given = _rows_ahead(gradients, keep, -HALF, tl.minimum(high, count + HALF), C, UNROLL, low)
     for k in tl.range(0, end, UNROLL):
         rows = read
         own_given = given
@@ -213,7 +213,7 @@ def _backward_kernel(
             entering = tl.where(k + UNROLL == ROWS, after, entering)
         gradients += UNROLL * C
         read = _rows_ahead(entering, keep, k + UNROLL, tl.minimum(high, end), stride_l, UNROLL)
-        given = _rows_ahead(gradients, keep, k + UNROLL - HALF, high, C, UNROLL, low)
+        given = _rows_ahead(gradients, keep, k + UNROLL - HALF, tl.minimum(high, count + HALF), C, UNROLL, low)
         for s in tl.static_range(UNROLL):
             j = k + s
             if HAS_IDS:
@@ -266,8 +266,12 @@ class ConvConfig:
 
     rows: int = 32
     channels: int = 128
-    unroll: int = 8  # the stretch is a multiple of them
+    unroll: int = 8
     warps: int = 2
+
+    def __post_init__(self) -> None:
+        if self.rows % self.unroll:
+            raise ValueError(f"a stretch must be a multiple of {self.unroll} rows, got {self.rows}")
 
 
 FORWARD = ConvConfig()
