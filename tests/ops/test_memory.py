@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-D = 256
+D = 128
 
 
 def most_held(run: Callable[[], object]) -> int:
