@@ -12,13 +12,11 @@ from torch.nn import functional as F
 from .._autograd import without_autocast
 from .backend import HAS_TRITON, transforming
 
-WIDE = (
-    4  # outputs for each input from which on cuBLAS is faster at W^T's gradient: version 19 of benchmarks/gpu/notes.md
-)
+WIDE = 4  # outputs for each input from which on cuBLAS is faster at the gradient of W^T (benchmarks/gpu/notes.md)
 
 
 def first_linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """u W^T + b, as F.linear; where autocast has the product in 16 bits on a GPU, the gradient of a W in float32 is."""
+    """u W^T + b, as F.linear; of a 16-bit product on a GPU a W in float32 has its gradient in all of its digits."""
     learns = weight.requires_grad and torch.is_grad_enabled()
     if not (u.is_cuda and learns and _plain(u, weight)) or transforming() or fwAD._current_level >= 0:
         return F.linear(u, weight, bias)
@@ -47,8 +45,8 @@ def is_spent(gradient: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, without rounding to what a and b are of."""
-    if a.dtype == torch.float32:
+    """a b, of 16-bit matrices in float32 without rounding to what they are of."""
+    if a.dtype.itemsize > 2:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
