@@ -23,7 +23,7 @@ def first_linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = _dtype(u, weight)
     if weight.dtype != torch.float32 or dtype == torch.float32 or u.dtype not in (torch.float32, dtype):
         return F.linear(u, weight, bias)
-    y: Tensor = _Linear.apply(u.to(dtype), weight, bias)
+    y: Tensor = _Linear.apply(u.to(dtype), weight, bias, False)
     return y
 
 
@@ -34,7 +34,7 @@ def last_linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if not _plain(u, weight) or u.dtype != _dtype(u, weight) or not u.is_contiguous():
         return F.linear(u, weight, bias)
-    y: Tensor = _Last.apply(u, weight, bias)
+    y: Tensor = _Linear.apply(u, weight, bias, True)
     return y
 
 
@@ -61,71 +61,52 @@ def _plain(u: Tensor, weight: Tensor) -> bool:
     return type(u) is Tensor and type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
+def _stands_for_many(dy: Tensor) -> bool:
+    """Of torch.func, or of autograd's own is_grads_batched: such a tensor has no memory that kernels could write."""
+    return transforming() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def _weight_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     """dy^T u (out, in) of dy (tokens, out) and u (tokens, in), in the dtype of the weight."""
-    if torch.is_grad_enabled() or transforming() or dtype != torch.float32 or u.dtype == torch.float32:
+    if torch.is_grad_enabled() or _stands_for_many(dy) or dtype != torch.float32 or u.dtype == torch.float32:
         return (dy.t() @ u).to(dtype)
     if not (u.is_cuda and HAS_TRITON) or dy.shape[1] < WIDE * u.shape[1]:
         return product(dy.t(), u)
     from .triton.library import where_it_lies
     from .triton.transpose import transposed
 
-    return where_it_lies(transposed, product(u.t(), dy))  # type: ignore[no-any-return]
-
-
-def _keep(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The forward pass; keeps what the backward pass reads."""
-    cast = weight.to(u.dtype)
-    ctx.save_for_backward(u, weight, cast)
-    ctx.set_materialize_grads(False)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    return F.linear(u, cast, None if bias is None else bias.to(u.dtype))
-
-
-def _of_parameters(ctx: Any, rows: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias."""
-    dweight = _weight_gradient(rows, values, weight.dtype) if ctx.needs_input_grad[1] else None
-    return dweight, rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    turned: Tensor = where_it_lies(transposed, product(u.t(), dy))
+    return turned
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _keep(ctx, u, weight, bias)
+    """over: where no second backward pass can follow, the gradient of u (B, L, in) is written over u."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None, over: bool) -> Tensor:
+        cast = weight.to(u.dtype)
+        ctx.save_for_backward(u, weight, cast)
+        ctx.set_materialize_grads(False)
+        ctx.over, ctx.bias_dtype = over, None if bias is None else bias.dtype
+        return F.linear(u, cast, None if bias is None else bias.to(u.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return None, None, None
+            return None, None, None, None
         u, weight, cast = ctx.saved_tensors
+        kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+        du = None
         with without_autocast(u.device):
             cast = weight.to(u.dtype) if torch.is_grad_enabled() else cast  # a second pass differentiates the first
-            du = dy @ cast if ctx.needs_input_grad[0] else None
             rows, values = (t.reshape(-1, t.shape[-1]) for t in (dy, u))
-            return du, *_of_parameters(ctx, rows, values, weight)
-
-
-class _Last(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _keep(ctx, u, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if dy is None:
-            return None, None, None
-        u, weight, cast = ctx.saved_tensors
-        once = not (torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph())
-        with without_autocast(u.device):
-            cast = weight.to(u.dtype) if torch.is_grad_enabled() else cast
-            rows, values = dy.flatten(0, 1), u.flatten(0, 1)
-            dweight, dbias = _of_parameters(ctx, rows, values, weight)
-            if not ctx.needs_input_grad[0]:
-                return None, dweight, dbias
-            if not (once and type(u) is Tensor):
-                return (rows @ cast).view_as(u), dweight, dbias
-            du = u.detach()
-            torch.mm(rows, cast, out=du.view(-1, du.shape[-1]))
-        torch.autograd.graph.increment_version(u)
-        du.spent = True  # type: ignore[attr-defined]
-        return du, dweight, dbias
+            dweight = _weight_gradient(rows, values, weight.dtype) if ctx.needs_input_grad[1] else None
+            dbias = rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+            if ctx.needs_input_grad[0] and (kept or not ctx.over or _stands_for_many(dy) or type(u) is not Tensor):
+                du = dy @ cast
+            elif ctx.needs_input_grad[0]:
+                du = u.detach()
+                torch.mm(rows, cast, out=du.view(values.shape))
+                torch.autograd.graph.increment_version(u)
+                du.spent = True  # type: ignore[attr-defined]
+        return du, dweight, dbias, None

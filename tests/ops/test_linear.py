@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from hydra_ssm import Hydra
 from hydra_ssm.ops import linear
-from hydra_ssm.ops.linear import _Last, _Linear
+from hydra_ssm.ops.linear import _Linear
 from hydra_ssm.ops.triton.sums import column_sums
 from hydra_ssm.ops.triton.transpose import transposed
 
@@ -20,15 +20,15 @@ HERE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_gradients_of_a_projection_are_those_of_torch_and_of_second_order_too() -> None:
     torch.manual_seed(0)
     u, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 5, 3), (7, 3), (7,)))
-    assert torch.equal(_Linear.apply(u, weight, bias), F.linear(u, weight, bias))
-    assert torch.autograd.gradcheck(_Linear.apply, (u, weight, bias))
-    assert torch.autograd.gradgradcheck(_Linear.apply, (u, weight, bias))
+    assert torch.equal(_Linear.apply(u, weight, bias, False), F.linear(u, weight, bias))
+    assert torch.autograd.gradcheck(_Linear.apply, (u, weight, bias, False))
+    assert torch.autograd.gradgradcheck(_Linear.apply, (u, weight, bias, False))
 
 
-@pytest.mark.parametrize("function", [_Linear, _Last])
+@pytest.mark.parametrize("over", [False, True])
 @pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize("outputs", [30, 130], ids=["narrow", "wide"])
-def test_a_weight_in_float32_gets_a_gradient_of_float32_digits(outputs, triton, function, monkeypatch) -> None:
+def test_a_weight_in_float32_gets_a_gradient_of_float32_digits(outputs, triton, over, monkeypatch) -> None:
     monkeypatch.setattr(linear, "HAS_TRITON", triton)
     torch.manual_seed(0)
     u = torch.randn(2, 200, 24, device=HERE).bfloat16().requires_grad_()
@@ -36,7 +36,7 @@ def test_a_weight_in_float32_gets_a_gradient_of_float32_digits(outputs, triton, 
     bias = torch.randn(outputs, device=HERE, requires_grad=True)
     dy = torch.randn(2, 200, outputs, device=HERE).bfloat16()
     values = u.detach().clone()
-    y = function.apply(u, weight, bias)
+    y = _Linear.apply(u, weight, bias, over)
     with torch.autocast(HERE, torch.bfloat16):  # a backward pass within it is the same
         y.backward(dy)
     exact = dy.double().flatten(0, 1).T @ values.double().flatten(0, 1)
@@ -52,10 +52,25 @@ def test_a_second_derivative_knows_the_weight_and_not_its_copy() -> None:
     u = torch.randn(2, 20, 12, device=HERE).bfloat16().requires_grad_()
     weight = torch.randn(10, 12, device=HERE, requires_grad=True)
     found = []
-    for f in (_Linear.apply, lambda u, w, b: F.linear(u, w.to(u.dtype), b)):
-        (du,) = torch.autograd.grad(f(u, weight, None).float().square().sum(), u, create_graph=True)
+    for y in (_Linear.apply(u, weight, None, False), F.linear(u, weight.to(u.dtype))):
+        (du,) = torch.autograd.grad(y.float().square().sum(), u, create_graph=True)
         found.append(torch.autograd.grad(du.float().square().sum(), weight)[0])
     torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_gradients_of_a_batch_of_outputs_are_those_of_each(over) -> None:
+    torch.manual_seed(0)
+    u = torch.randn(2, 5, 8, device=HERE).bfloat16().requires_grad_()
+    weight, bias = torch.randn(40, 8, device=HERE, requires_grad=True), torch.zeros(40, device=HERE, requires_grad=True)
+    y = _Linear.apply(u, weight, bias, over)
+    dys = torch.randn(3, *y.shape, device=HERE).bfloat16()
+    each = [torch.autograd.grad(y, (u, weight, bias), dy, retain_graph=True) for dy in dys]
+    for found, *expected in zip(
+        torch.autograd.grad(y, (u, weight, bias), dys, is_grads_batched=True), *each, strict=True
+    ):
+        # Of a batch the weight's are rounded to 16 bits.
+        torch.testing.assert_close(found, torch.stack(expected), rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -74,13 +89,6 @@ def test_what_has_no_such_gradient_is_torchs_linear() -> None:
         assert name(u, weight) == "NoneType"
     with torch.autograd.forward_ad.dual_level():
         assert name(u, weight) != "_LinearBackward"
-    with torch.autocast("cuda", torch.bfloat16):
-        y = linear.first_linear(u, weight, None)
-    many = torch.eye(6, device="cuda", dtype=y.dtype)[:, None, None].expand(6, 2, 5, 6)
-    (found,) = torch.autograd.grad(y, weight, many, is_grads_batched=True)
-    expected = torch.zeros_like(found)
-    expected[range(6), range(6)] = u.bfloat16().float().sum((0, 1))
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
