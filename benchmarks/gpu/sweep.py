@@ -29,12 +29,12 @@ from hydra_ssm.bench.machine import facts
 from hydra_ssm.ops.triton import conv, norm
 from hydra_ssm.ops.triton.conv import conv_backward, conv_forward
 from hydra_ssm.ops.triton.decay import Steps, chunk_decays
-from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, feature_grads
+from hydra_ssm.ops.triton.feature_grads import FeatureGradsConfig, StateSums, feature_grads
 from hydra_ssm.ops.triton.norm import norm_backward, norm_forward
 from hydra_ssm.ops.triton.output import OutputConfig, chunk_outputs
 from hydra_ssm.ops.triton.states import StatesConfig, chunk_states
 from hydra_ssm.ops.triton.step_grads import StepGrads, step_grads
-from hydra_ssm.ops.triton.value_grads import ValueGradsConfig, value_grads
+from hydra_ssm.ops.triton.value_grads import TileSums, ValueGradsConfig, value_grads
 
 HEADS, WIDTH, STATE = 24, 64, 64
 SMALL = 2, 16, 16  # of these, for the interpreter
@@ -132,16 +132,17 @@ class Problem:
         dy = self.dy.unflatten(-1, x.shape[2:])
 
         back = self.diagonal, self.fc_D
+        sums, tiles = StateSums.of(decays), TileSums.of(decays, False, False, over=False)
 
         def feature(how: FeatureGradsConfig) -> Any:
-            return feature_grads(x, dy, features, decays, None, S, T, Q, how, "ieee")
+            return feature_grads(x, dy, features, decays, None, S, T, sums, Q, how, "ieee")
 
         def value(through: Any, how: ValueGradsConfig) -> Any:
-            return value_grads(x, dy, features, decays, None, T, through, dx, grads, Q, False, how, "ieee", back)
+            return value_grads(x, dy, features, decays, None, T, through, dx, grads, tiles, Q, how, "ieee", back)
 
         if kernel in ("value", "steps"):
             through = feature(FeatureGradsConfig())
-            tiles = value(through, ValueGradsConfig()) if kernel == "steps" else None
+            value(through, ValueGradsConfig())
             of_steps = StepGrads.of(self.steps, None, Q, None, None)
         return {
             "decays": lambda: chunk_decays(self.steps, None, self.diagonal, Q, True),
@@ -150,7 +151,7 @@ class Problem:
             "output": lambda: chunk_outputs(x, features, decays, None, S, Q, how, "ieee"),
             "feature": lambda: feature(how),
             "value": lambda: value(through, how),
-            "steps": lambda: step_grads(self.steps, None, tiles, through, Q, of_steps),
+            "steps": lambda: step_grads(self.steps, None, tiles, sums, Q, of_steps),
         }[kernel]
 
 

@@ -85,7 +85,9 @@ DECAYS = (16 + 4 + 8 / 64) * H + 4  # with the diagonal and the norm's scale
 
 def test_a_step_holds_what_the_page_says(bytes_a_token) -> None:
     """y and its gradient in one place, x, B, C and theirs in one place, S, half of T, and what is small."""
-    small = (4 * FEATURES + 32 * H) / 2 + 2 * H  # parts and sums, for half of the tokens, and the diagonal's gradient
+    small = (
+        4 * FEATURES / 2 + 16 * H + 2 * H
+    )  # parts for half of the tokens, sums along the states, the diagonal's gradient
     found = bytes_a_token((8, 512), (16, 512))
     assert found == pytest.approx(OUT + PROJECTED + XBC + Y + 1.5 * T + DECAYS + small, rel=0.01)
 
@@ -99,16 +101,16 @@ def test_a_step_that_recomputes_holds_no_more_than_its_forward_pass(bytes_a_toke
 def test_a_long_row_that_is_computed_again_has_neither_y_nor_states_at_once(bytes_a_token) -> None:
     """The projection, x, B and C, the decays, the gradient of y in the place of what it is found from, the output.
 
-    And an eighth of the states, their adjoints and what passes through them.
+    And sums along the states, an eighth of these, their adjoints and what passes through them.
     """
     borders = 2 * 2 * 4 * INNER * 64 / 1024  # of S and of T, in both directions, float32, for each part
     found = bytes_a_token((1, 8192), (1, 16384), recompute=True)
-    part = (2 * T + 4 * FEATURES + 16 * H) / 8
-    assert found == pytest.approx(OUT + PROJECTED + XBC + Y + DECAYS + 2 * H + borders + part, rel=0.01)
+    part = (2 * T + 4 * FEATURES) / 8
+    assert found == pytest.approx(OUT + PROJECTED + XBC + Y + DECAYS + 18 * H + borders + part, rel=0.01)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 16384), (4, 16384), (12, 32768)])
-def test_adjoint_states_are_there_for_16384_tokens_or_a_third_of_a_larger_batch(batch, tokens) -> None:
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 16384), (4, 16384), (12, 49152)])
+def test_adjoint_states_are_there_for_16384_tokens_or_half_of_a_larger_batch(batch, tokens) -> None:
     from hydra_ssm.ops.triton.plan import plan
 
     x, B = (torch.empty(batch, 8192, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (24, 1))

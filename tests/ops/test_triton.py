@@ -153,7 +153,7 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     from hydra_ssm.ops.triton import Into, Steps, product, quasiseparable_backward, quasiseparable_forward
 
     args, how, calls = case(**{"length": 20} | shape), plan(*how), []
-    monkeypatch.setattr(product, "STRETCH", 2)
+    monkeypatch.setattr("hydra_ssm.ops.triton.plan.STRETCH", 2)
     dy = torch.randn_like(args[0])
     each_row = how.states.stretch == 0 and parts > len(dy)  # goes through stretches because it is alone
     at_once = replace(how, states=replace(how.states, stretch=2)) if each_row else how

@@ -153,8 +153,8 @@ def block_backward(
 ) -> Weights:  # fmt: skip
     """Writes dprojected, which may be projected; returns the gradients of the weights.
 
-    reuse: what is kept is written over, y by its gradient and x, B and C by theirs. spent: nobody else reads dnormed:
-    its memory is used, or given back once it has been read.
+    reuse: what is kept is written over, y by its gradient, x, B and C by theirs, decays by sums. spent: nobody else
+    reads dnormed: its memory is used, or given back once it has been read.
     """
     parts, operands = sizes.parts(projected), sizes.values_and_features(kept.xBC)
     (z, wet, dt_f, dt_b), (x, features) = parts, operands
@@ -175,7 +175,7 @@ def block_backward(
     few = sizes.heads <= MOST_HEADS
     _, _, _, dA_log, ddt_bias, *_ = quasiseparable_backward(
         dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, *features, ids, None, kept.states, how,
-        Into(dx, ddt_f, ddt_b, *dfeatures), kept.decays, (norm.diagonal, fc_D) if few else None,
+        Into(dx, ddt_f, ddt_b, *dfeatures), kept.decays, (norm.diagonal, fc_D) if few else None, spent=reuse,
     )  # fmt: skip
     assert ddt_bias is not None
     if not few:
@@ -330,7 +330,8 @@ def _differentiate(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | 
         own = projected.detach()
         to = own if ctx.spent == 2 else own.new_empty(own.shape)
         dprojected, grads = where_it_lies(_gradients, dnormed, own, to, True, *values, *ctx.options, *kept)
-        torch.autograd.graph.increment_version([projected, *kept[:2]][2 - ctx.spent :])
+        xBC, y, _, _, decays, *_ = kept
+        torch.autograd.graph.increment_version([projected, xBC, y, decays][2 - ctx.spent :])
         return dprojected, *grads, *[None] * 7
     found = torch.ops.hydra_ssm.block_backward(dnormed, projected, *values, *ctx.options, *kept)
     given = (projected, *values[:7])

@@ -175,7 +175,10 @@ def _decay_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (B chunks, H / BLOCK_H). diagonal is x where the diagonal is a projection of it."""
+    """Grid (B chunks, H / BLOCK_H). diagonal is x where the diagonal is a projection of it.
+
+    All is loaded before anything is stored or summed: no load is moved over that.
+    """
     pid = tl.program_id(0).to(tl.int64)
     batch, chunk = pid // chunks, pid % chunks
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -184,6 +187,16 @@ def _decay_kernel(
     inside = (place < L)[:, None] & (h < H)[None, :]
     head = batch * H + h
     to = head[:, None] * (chunks * Q) + place[None, :]
+    f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
+    b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
+    exists = inside
+    raised = 0.0
+    if RAW:
+        raised = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+        if HAS_IDS:
+            exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[:, None]
+    rate_f = load_rates(A, h, H, RAW)
+    rate_b = load_rates(A + A_stride, h, H, RAW)
     if HAS_DIAGONAL:
         diagonal += batch * stride_db
         if PROJECTED:
@@ -195,20 +208,12 @@ def _decay_kernel(
             if HAS_OFFSET:
                 d += tl.load(offset + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
         tl.store(diagonals + to, tl.trans(d), mask=tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q)))
-    f = tl.load(dt_f + batch * stride_fb + place[:, None] * stride_fl + h[None, :] * stride_fh, mask=inside, other=0.0)
-    b = tl.load(dt_b + batch * stride_bb + place[:, None] * stride_bl + h[None, :] * stride_bh, mask=inside, other=0.0)
-    exists = inside
-    offset = 0.0
-    if RAW:
-        offset = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        if HAS_IDS:
-            exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[:, None]
-    f, _ = final_steps(f, offset, low, high, exists, RAW)
-    b, _ = final_steps(b, offset, low, high, exists, RAW)
+    f, _ = final_steps(f, raised, low, high, exists, RAW)
+    b, _ = final_steps(b, raised, low, high, exists, RAW)
     f = tl.where(f < SMALLEST, SMALLEST, f)
     b = tl.where(b < SMALLEST, SMALLEST, b)
-    a_f = f * (load_rates(A, h, H, RAW) * LOG2)[None, :]
-    a_b = b * (load_rates(A + A_stride, h, H, RAW) * LOG2)[None, :]
+    a_f = f * (rate_f * LOG2)[None, :]
+    a_b = b * (rate_b * LOG2)[None, :]
     a_f = tl.where(a_f < -MOST, -MOST, a_f)
     a_b = tl.where(a_b < -MOST, -MOST, a_b)
     keep = tl.broadcast_to((h < H)[:, None], (BLOCK_H, Q))[:, :, None]
@@ -303,7 +308,7 @@ class DecaysConfig:
     warps: int = 4
 
 
-GIVEN = DecaysConfig()
+GIVEN = DecaysConfig(heads=2, warps=1)
 PROJECTED = DecaysConfig(heads=2, values=128, stages=3)  # for few tokens: many programs, each of which reads all of x
 
 

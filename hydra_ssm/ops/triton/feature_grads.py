@@ -112,8 +112,8 @@ def _feature_grads_kernel(
     decays += (first * chunks + chunk) * (Q * 4)
     steps += (first * chunks + chunk) * (Q * 8)
     totals += (first * chunks + chunk) * 2
-    products += kind * product_stride + first * held + place
-    sums += (first * held + place) * Q
+    products += kind * product_stride + first * chunks + chunk
+    sums += (first * chunks + chunk) * Q
     first_sums = sums + 3 * kind * sums_stride
     second_sums = sums + (2 - kind) * sums_stride
     through += ((batch * G + group) * held + place) * (Q * N)
@@ -177,11 +177,11 @@ def _feature_grads_kernel(
         state = tl.load(own + h * (N * P) + entry)
         part, along = _through(values, state, us, weight, PACKED, PRECISION)
         grad += part
-        tl.store(first_sums + h * (held * Q) + i, along)
-        tl.store(products + h * held, g * tl.sum(_product(state, tl.load(across + h * (N * P) + entry), PACKED)))
+        tl.store(first_sums + h * (chunks * Q) + i, along)
+        tl.store(products + h * chunks, g * tl.sum(_product(state, tl.load(across + h * (N * P) + entry), PACKED)))
         part, along = _through(values, tl.load(other + h * (N * P) + entry), other_us, other_weight, PACKED, PRECISION)
         other_grad += part
-        tl.store(second_sums + h * (held * Q) + i, along)
+        tl.store(second_sums + h * (chunks * Q) + i, along)
     to = through + i[:, None] * N + n[None, :]
     tl.store(to + 3 * kind * through_stride, grad)
     tl.store(to + (2 - kind) * through_stride, other_grad)
@@ -195,35 +195,45 @@ class FeatureGradsConfig:
     stages: int = 3
 
 
-class StateGrads(NamedTuple):
-    """What the states give to B, C, dt and A, float32, of L' tokens in so many chunks."""
+class StateSums(NamedTuple):
+    """What the states give to dt and A, float32."""
 
-    through: Tensor  # (4, B, G, L', N) parts of dC_f, dB_f, dC_b, dB_b, those of C in the rows that read with it
-    sums: Tensor  # (4, B, H, L') Rst and Cst, causal, then anticausal
+    along: Tensor  # (4, B, H, L') Rst and Cst, causal, then anticausal
     products: Tensor  # (2, B, H, chunks) 2^total <T, S>
+
+    @classmethod
+    def of(cls, decays: Decays) -> StateSums:
+        """Room for them."""
+        new = decays.sums.new_empty
+        return cls(new(4, *decays.sums.shape[:3]), new(2, *decays.totals.shape[:3]))
+
+    def cut(self, rows: slice) -> StateSums:
+        """Those of some rows of the batch."""
+        return StateSums(self.along[:, rows], self.products[:, rows])
 
 
 def feature_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    states: Tensor, adjoint: Tensor, Q: int, config: FeatureGradsConfig, precision: str, start: int = 0,
-) -> StateGrads:  # fmt: skip
-    """The gradients through the states S and their adjoint T of the chunks (of Q tokens) from `start` that T is of.
+    states: Tensor, adjoint: Tensor, sums: StateSums, Q: int, config: FeatureGradsConfig, precision: str,
+    start: int = 0,
+) -> Tensor:  # fmt: skip
+    """(4, B, G, L', N) float32: what dC_f, dB_f, dC_b, dB_b get through the states S and their adjoint T.
 
-    S and T are (2, B, chunks, H, N, P), of which the first stride may be any; B = 1 if these are not all chunks.
+    S and T are (2, B, chunks, H, N, P), of which the first stride may be any, of the chunks of Q tokens from `start`;
+    L' are their tokens, B = 1 where these are not all. Parts of C are in the rows that read with it. Writes the sums.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     held = adjoint.shape[2]
-    new = decays.sums.new_empty
-    found = StateGrads(new(4, batch, G, held * Q, N), new(4, batch, H, held * Q), new(2, batch, H, held))
+    through = decays.sums.new_empty(4, batch, G, held * Q, N)
+    along, products = sums
     strides = [s for t in (x, dy, *features) for s in t.stride()[:3]]
     _feature_grads_kernel[(batch * held * G * 2,)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
-        x if ids is None else ids, states, adjoint, found.through, found.sums, found.products, L, G, cdiv(L, Q), start,
-        held, found.through.stride(0), found.sums.stride(0), found.products.stride(0), states.stride(0),
-        adjoint.stride(0), *strides, H // G, SHIFTED=int(decays.shifted), HEADS=H // G,
-        HAS_IDS=ids is not None, FOLDED=decays.steps is None,
+        x if ids is None else ids, states, adjoint, through, along, products, L, G, cdiv(L, Q), start, held,
+        through.stride(0), along.stride(0), products.stride(0), states.stride(0), adjoint.stride(0), *strides, H // G,
+        SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, FOLDED=decays.steps is None,
         PACKED=x.dtype == torch.bfloat16, Q=Q, N=N, P=P, PRECISION=precision, STAGES=config.stages,
         num_warps=config.warps,
     )  # fmt: skip
-    return found
+    return through

@@ -19,8 +19,9 @@ from .value_grads import ValueGradsConfig
 PLENTY, AMPLE, SCARCE = 200_000, 160_000, 96_000
 NARROW = 512  # numbers of a token: a program reads so many faster than three more kernels start
 STRETCH = 32  # chunks that a program walks through, where programs for all of them would be few
+FEW_HEADS = 32  # fewer of them leave so much of a device idle that finding first what each stretch adds is faster
 HELD = 16384  # tokens whose adjoint states are in memory at once: the kernels that read them then fill an H100
-MOST_PARTS = 3  # of a longer batch: more would save nothing, as the norm's backward pass then holds most
+MOST_PARTS = 2  # of a longer batch: three would save 4 % of its memory more, and take 1 % more time
 FEW = 32  # chunks of 64 or 128 tokens: a program that went through all heads of one would leave most of a device idle
 
 
@@ -61,6 +62,11 @@ def room(device: torch.device) -> int:
     return _of(device, "max_shared_mem", AMPLE)
 
 
+def stretch(heads: int) -> int:
+    """Chunks of a stretch where so many heads walk at once; 0: one walk through all."""
+    return STRETCH if heads < FEW_HEADS else 0
+
+
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     """The plan for x (B, L, H, P) and B (B, L, G, N), as measured on an H100 (benchmarks/gpu/notes.md).
 
@@ -94,7 +100,7 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
         held=cdiv(max(HELD, cdiv(batch * L, MOST_PARTS)), chunk),
         project=few and H * P <= NARROW,
         states=StatesConfig(
-            stretch=STRETCH if batch * H < 64 else 0,
+            stretch=stretch(batch * H),
             stages=stages[0],
             deep=deep,
             processors=_of(x.device, "multiprocessor_count", 1),

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from .decay import Decays, Projection, Steps, chunk_decays
-from .feature_grads import feature_grads
+from .feature_grads import StateSums, feature_grads
 from .output import chunk_outputs
-from .plan import STRETCH, Plan, plan
+from .plan import Plan, plan, stretch
 from .sizes import cdiv
 from .states import chunk_states, stretch_borders
 from .step_grads import StepGrads, step_grads
-from .value_grads import value_grads
+from .value_grads import TileSums, value_grads
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]  # of B_f, C_f, B_b, C_b, or their gradients
 LONGEST = 1 << 28  # heads are apart by offsets of 32 bits, of up to 8 a token
@@ -62,7 +62,7 @@ def quasiseparable_backward(
     dy: Tensor, x: Tensor, steps: Steps, B_f: Tensor, C_f: Tensor, B_b: Tensor, C_b: Tensor, ids: Tensor | None = None,
     diagonal: Tensor | None = None, states: Tensor | None = None, how: Plan | None = None, into: Into | None = None,
     decays: Decays | None = None, back: tuple[Tensor, Tensor] | None = None,
-    shifted: bool = True,
+    shifted: bool = True, spent: bool = False,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None
 ]:  # fmt: skip
@@ -70,12 +70,13 @@ def quasiseparable_backward(
 
     Decays and states are computed again where they are not given. Raw steps get the gradients of what is raw. Where the
     diagonal is a projection of x whose gradient is known, `back` takes it to dx (see value_grads) in place of
-    `diagonal`, and the decays hold the diagonal.
+    `diagonal`, and the decays hold the diagonal. spent: the decays may be written over.
     """
     how = plan(x, B_f, backward=True) if how is None else how
     into = Into() if into is None else into
     grads = _to(into.dB_f, B_f), _to(into.dC_f, C_f), _to(into.dB_b, B_b), _to(into.dC_b, C_b)
     features = B_f, C_f, B_b, C_b = _dealt((B_f, C_f, B_b, C_b), how)
+    spent |= decays is None
     decays = find_decays(x, steps, ids, diagonal, how, shifted) if decays is None else decays
     if states is not None and states.shape[2] != cdiv(x.shape[1], how.chunk):
         raise ValueError(
@@ -86,19 +87,23 @@ def quasiseparable_backward(
     if how.split > 1:
         new = partial(torch.empty, B_f.shape, dtype=torch.float32, device=x.device)
         parts = new(), new(), new(), new()
-    of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
-    pieces = _rows(x.shape[0], cdiv(x.shape[1], how.chunk), how)
+    chunks = cdiv(x.shape[1], how.chunk)
+    pieces = _rows(x.shape[0], chunks, how)
+    tiles = TileSums.of(decays, how.pair and chunks == 1, back is None, over=spent)
+    through = StateSums.of(decays) if chunks > 1 else None
     if len(pieces) == 1:
-        _backward_of(dy, x, steps, features, decays, ids, states, how, dx, parts, of_steps, back)
+        _backward_of(dy, x, features, decays, ids, states, how, dx, parts, tiles, through, back)
     else:
-        if len(pieces) == x.shape[0] and how.states.stretch == 0:  # of each row alone walks are few
-            how = replace(how, states=replace(how.states, stretch=STRETCH))
+        if len(pieces) == x.shape[0] and how.states.stretch == 0:  # of each row alone walks may be few
+            how = replace(how, states=replace(how.states, stretch=stretch(x.shape[2])))
         for rows in pieces:
             _backward_of(
-                dy[rows], x[rows], steps.of(rows), _each(features, rows), decays.of(rows),
-                None if ids is None else ids[rows], None if states is None else states[:, rows], how, dx[rows],
-                _each(parts, rows), of_steps.cut(rows), None if back is None else (back[0][rows], back[1]),
+                dy[rows], x[rows], _each(features, rows), decays.of(rows), None if ids is None else ids[rows],
+                None if states is None else states[:, rows], how, dx[rows], _each(parts, rows), tiles.cut(rows),
+                None if through is None else through.cut(rows), None if back is None else (back[0][rows], back[1]),
             )  # fmt: skip
+    of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
+    step_grads(steps, ids, tiles, through, how.chunk, of_steps, decays.shifted)
     dA, dbias = of_steps.summed(steps)
     if how.split > 1:
         for grad, part in zip(grads, parts, strict=True):
@@ -108,36 +113,32 @@ def quasiseparable_backward(
 
 
 def _backward_of(
-    dy: Tensor, x: Tensor, steps: Steps, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None,
-    how: Plan, dx: Tensor, dfeatures: Four, to: StepGrads, back: tuple[Tensor, Tensor] | None,
+    dy: Tensor, x: Tensor, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None, how: Plan,
+    dx: Tensor, dfeatures: Four, tiles: TileSums, sums: StateSums | None, back: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Writes the gradients of these rows of the batch, of a row alone in parts: T (and S) are there for one.
+    """Writes the gradients of values and features of these rows of the batch, and the sums for those of the steps.
 
-    A part writes its own tokens' gradients and reads no values or features of another's: parts change no bit, and
-    gradients may be where values and features are.
+    Of a row alone in parts: T (and S) are there for one. A part writes its own tokens' gradients and reads no values or
+    features of another's: parts change no bit, and gradients may be where values and features are.
     """
     Q, precision = how.chunk, how.precision
-    spans = _spans(x.shape[0], cdiv(x.shape[1], Q), how)
     walk = features[1], features[3], dy, decays, ids, Q, how.states, precision, True
     own_walk = features[0], features[2], x, decays, ids, Q, how.states, precision, False
-    several = cdiv(x.shape[1], Q) > 1
-    borders = stretch_borders(*walk) if several else None
-    own_borders = stretch_borders(*own_walk) if several and states is None else None
-    for some in spans:
+    borders = None if sums is None else stretch_borders(*walk)
+    own_borders = stretch_borders(*own_walk) if sums is not None and states is None else None
+    for some in _spans(x.shape[0], cdiv(x.shape[1], Q), how):
         adjoint = through = None  # what the part before had is free
-        if several:
+        if sums is not None:
             own = chunk_states(*own_walk, own_borders, some) if states is None else states[:, :, some.start : some.stop]
             adjoint = chunk_states(*walk, borders, some)
             through = feature_grads(
-                x, dy, features, decays, ids, own, adjoint, Q, how.feature_grads, precision, some.start
+                x, dy, features, decays, ids, own, adjoint, sums, Q, how.feature_grads, precision, some.start
             )
             del own  # its memory is for what follows
-        tiles = value_grads(
-            x, dy, features, decays, ids, adjoint, through, dx, dfeatures, Q, how.pair, how.value_grads, precision,
-            back, some.start,
+        value_grads(
+            x, dy, features, decays, ids, adjoint, through, dx, dfeatures, tiles, Q, how.value_grads, precision, back,
+            some.start,
         )  # fmt: skip
-        step_grads(steps, ids, tiles, through, Q, to, decays.shifted, some.start)
-        del tiles
 
 
 def outputs_in_parts(

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="assignment"
+# (tuples that grow are Triton's, not Python's)
 """States between chunks: S, which rows read, and its adjoint T, which the backward pass sends the other way.
 
 Per chunk, from the states that enter it (u and v rows of features and values, decays as in decay.py):
@@ -29,14 +31,14 @@ LONG = 16  # chunks of a walk that is worth reading far ahead
 
 
 @triton.jit
-def _weights(decays, steps, total, i, direction, ADJOINT: tl.constexpr, FOLDED: tl.constexpr):
-    row_f, row_b, column_f, column_b = load_decays(decays, i)
+def _weights(decay, steps, total, i, direction, ADJOINT: tl.constexpr, FOLDED: tl.constexpr):
+    """What the tokens i count in a state of this direction; decay is of their rows (ADJOINT) or columns."""
     if ADJOINT:
-        w = tl.exp2(tl.where(direction == 0, row_f, row_b))
+        w = tl.exp2(decay)
     elif FOLDED:
-        w = tl.exp2(total - tl.where(direction == 0, column_f, column_b))
+        w = tl.exp2(total - decay)
     else:
-        w_f, w_b = load_weights(column_f, column_b, total, total, steps, i, FOLDED)
+        w_f, w_b = load_weights(decay, decay, total, total, steps, i, FOLDED)
         w = tl.where(direction == 0, w_f, w_b)
     return w
 
@@ -121,7 +123,12 @@ def _states_kernel(
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
         us = load_features(u, i, begin, limit, chunk, stride_ul, n, NEIGHBOUR * (2 * direction - 1))
         total = tl.load(totals + chunk * 2 + direction)
-        w = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total, i, direction, ADJOINT, FOLDED)
+        row_f, row_b, column_f, column_b = load_decays(decays + chunk * Q * 4, i)
+        if ADJOINT:
+            decay = tl.where(forward, row_f, row_b)
+        else:
+            decay = tl.where(forward, column_f, column_b)
+        w = _weights(decay, steps + chunk * Q * 8, total, i, direction, ADJOINT, FOLDED)
         g = tl.exp2(total)
         if HAS_IDS:
             before, last = load_borders(ids + begin, limit, chunk, direction, Q)
@@ -203,13 +210,17 @@ def _stretch_kernel(
         limit = tl.minimum(L - begin, Q + 1).to(tl.int32)
         values = v + begin * stride_vl + (i[:, None] * stride_vl + p[None, :])
         values = tl.load(values, mask=(i < limit)[:, None], other=0.0)
-        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, NEIGHBOUR * (2 * A - 1))
-        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, NEIGHBOUR * (1 - 2 * A))
         total_left = tl.load(totals + chunk * 2 + A)
         total_right = tl.load(totals + chunk * 2 + 1 - A)
-        w_left = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_left, i, A, ADJOINT, FOLDED)
+        row_or_column = decays + (chunk * Q + i) * 4 + (2 - 2 * ADJOINT)
+        w_left = tl.load(row_or_column + A)
+        w_right = tl.load(row_or_column + 1 - A)
+        # Last, as they are waited for where they are loaded: for shared memory. All else is on its way then.
+        us_left = load_features(u_left, i, begin, limit, chunk, stride_left, n, NEIGHBOUR * (2 * A - 1))
+        us_right = load_features(u_right, i, begin, limit, chunk, stride_right, n, NEIGHBOUR * (1 - 2 * A))
+        w_left = _weights(w_left, steps + chunk * Q * 8, total_left, i, A, ADJOINT, FOLDED)
+        w_right = _weights(w_right, steps + chunk * Q * 8, total_right, i, 1 - A, ADJOINT, FOLDED)
         w_left *= tl.exp2(run)
-        w_right = _weights(decays + chunk * Q * 4, steps + chunk * Q * 8, total_right, i, 1 - A, ADJOINT, FOLDED)
         g = tl.exp2(total_right)
         if HAS_IDS:
             before, last = load_borders(ids + begin, limit, chunk, 1 - A, Q)
@@ -247,6 +258,7 @@ def _join_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """In place, from what each stretch adds to the state that enters it. Grid (2 B H, parts of N P)."""
     slot = (tl.program_id(0) // H).to(tl.int64)
@@ -257,27 +269,35 @@ def _join_kernel(
     totals += (batch * H + head) * (chunks * 2) + direction
     ids += batch * L
     stretches = tl.cdiv(chunks, stretch)
+    c = tl.arange(0, CHUNKS)
     state = tl.zeros([BLOCK], tl.float32)
-    for s in range(stretches):
-        number = tl.where(direction == ADJOINT, s, stretches - 1 - s)
-        at = borders + ((slot * stretches + number) * H + head) * SIZE + entry
-        own = tl.load(at)
-        first = number * stretch
-        end = tl.minimum(first + stretch, chunks)
-        total = 0.0
-        for k in range(0, stretch, CHUNKS):
-            c = first + k + tl.arange(0, CHUNKS)
-            total += tl.sum(tl.load(totals + c * 2, mask=c < end, other=0.0))
-        g = tl.exp2(total)
-        if HAS_IDS:
-            after = tl.minimum(end * Q, L)
-            before = tl.where(direction == 0, first * Q - 1, after)
-            inside = (before >= 0) & (before < L)
-            before = tl.load(ids + before, mask=inside, other=-2)
-            last = tl.load(ids + tl.where(direction == 0, after - 1, first * Q))
-            g = tl.where(before == last, g, 0.0)
-        tl.store(at, state)
-        state = state * g + own
+    for start in range(0, stretches, AHEAD):  # so many are loaded before anything is stored: no load is moved over that
+        places = ()
+        owns = ()
+        decayed = ()
+        passes = ()
+        for k in tl.static_range(AHEAD):
+            number = tl.where(direction == ADJOINT, start + k, stretches - 1 - start - k)
+            there = start + k < stretches
+            first = number * stretch
+            end = tl.minimum(first + stretch, chunks)
+            place = borders + ((slot * stretches + number) * H + head) * SIZE + entry
+            places = places + (place,)
+            owns = owns + (tl.load(place, mask=there, other=0.0),)
+            decayed = decayed + (tl.load(totals + (first + c) * 2, mask=there & (first + c < end), other=0.0),)
+            if HAS_IDS:
+                after = tl.minimum(end * Q, L)
+                before = tl.where(direction == 0, first * Q - 1, after)
+                inside = there & (before >= 0) & (before < L)
+                before = tl.load(ids + before, mask=inside, other=-2)
+                last = tl.load(ids + tl.where(direction == 0, after - 1, first * Q), mask=there, other=-3)
+                passes = passes + (before == last,)
+        for k in tl.static_range(AHEAD):
+            tl.store(places[k], state, mask=start + k < stretches)
+            g = tl.exp2(tl.sum(decayed[k]))
+            if HAS_IDS:
+                g = tl.where(passes[k], g, 0.0)
+            state = state * g + owns[k]
 
 
 @dataclass(frozen=True)
@@ -339,7 +359,7 @@ def stretch_borders(
     part = min(N * P, 256)
     _join_kernel[2 * batch * H, N * P // part](
         borders, decays.totals, inputs[-1], L, H, chunks, stretch, ADJOINT=int(adjoint), HAS_IDS=ids is not None,
-        Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=min(64, next_power_of_2(stretch)), num_warps=2,
+        Q=Q, SIZE=N * P, BLOCK=part, CHUNKS=next_power_of_2(stretch), AHEAD=4, num_warps=1,
     )  # fmt: skip
     return borders
 

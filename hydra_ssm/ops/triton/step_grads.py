@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import LOG2E, SMALLEST_STEP, STRONGEST, Steps, final_steps, load_rates
-from .feature_grads import StateGrads
+from .feature_grads import StateSums
 from .sizes import cdiv, next_power_of_2
 from .sums import column_sums
 from .value_grads import TileSums
@@ -32,54 +32,34 @@ BLOCK_HEADS = 8
 
 
 @triton.jit
-def _two(pointer, at, keep):
-    """Two numbers side by side, for each of a (heads, tokens) tile."""
-    return tl.split(
-        tl.load(pointer + at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :], mask=keep[:, :, None], other=0.0)
-    )
-
-
-@triton.jit
 def _direction(
-    dt, ddt, rows, columns, whole, state_sums, state_stride, products, at, at_chunk, keep, read, before, exists, rate,
-    bias, low, high, h, H, place, stride_l, stride_h, out_stride_l, out_stride_h,
-    REVERSE: tl.constexpr, SHIFTED: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr,
-    SMALLEST: tl.constexpr, MOST: tl.constexpr,
+    step, rows, columns, earlier, product, whole, exists, rate, bias, low, high,
+    REVERSE: tl.constexpr, RAW: tl.constexpr, HAS_STATES: tl.constexpr, SMALLEST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Writes ddt; returns its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens).
+    """ddt, its sum over the tokens and sum dt da, of each head. Tiles are (heads, tokens).
 
-    rows are those that read up to a token, at `read`; columns are as da takes them, whole as ddt does.
+    rows: sums of the rows that read up to a token. columns: as da takes them, whole: as ddt does. earlier: Cst of the
+    token before, in this direction.
     """
-    ON: tl.constexpr = -1 if REVERSE else 1
-    da = rows - columns
+    da = tl.cumsum(rows - columns, 1, reverse=not REVERSE)
     if HAS_STATES:
-        da += tl.load(state_sums + at + ON * SHIFTED, mask=read, other=0.0)
-    da = tl.cumsum(da, 1, reverse=not REVERSE)
-    if HAS_STATES:
-        through = state_sums + state_stride
-        da += tl.cumsum(tl.load(through + at - ON, mask=before, other=0.0), 1, reverse=REVERSE)
-        da += tl.load(products + at_chunk, mask=h < H, other=0.0)[:, None]
-        whole += tl.load(through + at, mask=keep, other=0.0)
-    step = tl.load(dt + place[None, :] * stride_l + h[:, None] * stride_h, mask=keep, other=0.0)
+        da += tl.cumsum(earlier, 1, reverse=REVERSE) + product
     step, slope = final_steps(step, bias, low, high, exists, RAW)
     # Where nothing passes a token its da is zero; what the sums leave of it is rounding, and A may be large.
-    da = tl.where(step * rate[:, None] < -MOST, 0.0, da)
-    grad = (whole / tl.where(step < SMALLEST, SMALLEST, step) + rate[:, None] * da) * slope
-    to = ddt + place[None, :] * out_stride_l + h[:, None] * out_stride_h
-    tl.store(to, grad.to(ddt.dtype.element_ty), mask=keep)
-    return tl.sum(grad, 1), tl.sum(step * da, 1)
+    da = tl.where(step * rate < -MOST, 0.0, da)
+    grad = (whole / tl.where(step < SMALLEST, SMALLEST, step) + rate * da) * slope
+    return grad, tl.sum(grad, 1), tl.sum(step * da, 1)
 
 
-@triton.jit(do_not_specialize=["L", "chunks", "start", "held", "A_stride"])
+@triton.jit(do_not_specialize=["L", "chunks", "A_stride"])
 def _step_grads_kernel(
     dt_f,
     dt_b,
     A,
     bias,
     ids,
-    row_sums,
+    tiles,
     beside,
-    column_sums,
     nears,
     ddiagonals,
     state_sums,
@@ -91,8 +71,6 @@ def _step_grads_kernel(
     L,
     H,
     chunks,
-    start,
-    held,
     A_stride,
     low,
     high,
@@ -123,54 +101,86 @@ def _step_grads_kernel(
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (B held, H / BLOCK_H), of the chunks `held` from `start`."""
+    """Grid (B chunks, H / BLOCK_H). All is loaded before anything is summed: no load is moved over a sum's barriers."""
     pid = tl.program_id(0).to(tl.int64)
-    batch, held_at = pid // held, pid % held
-    chunk = start + held_at
+    batch, chunk = pid // chunks, pid % chunks
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, Q)
     place = chunk * Q + i
-    rate_f = load_rates(A, h, H, RAW)
-    rate_b = load_rates(A + A_stride, h, H, RAW)
-    at = (batch * H + h)[:, None] * (held * Q) + (held_at * Q + i)[None, :]
-    at_chunk = (batch * H + h) * held + held_at
+    at = (batch * H + h)[:, None] * (chunks * Q) + place[None, :]
+    at_chunk = (batch * H + h) * chunks + chunk
     keep = (h < H)[:, None] & (place < L)[None, :]
-    exists = keep
-    offset = 0.0
-    if RAW:
-        offset = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)[:, None]
-        if HAS_IDS:
-            exists &= (tl.load(ids + batch * L + place, mask=place < L, other=-1) >= 0)[None, :]
     before = keep & (i > 0)[None, :]
     after = keep & ((i < Q - 1) & (place + 1 < L))[None, :]
     read_f = after if SHIFTED else keep
     read_b = before if SHIFTED else keep
-    rows_f, _ = _two(row_sums, at + SHIFTED, read_f)
-    _, rows_b = _two(row_sums, at - SHIFTED, read_b)
-    columns_f, columns_b = _two(column_sums, at, keep)
+    step_f = tl.load(
+        dt_f + batch * stride_fb + place[None, :] * stride_fl + h[:, None] * stride_fh, mask=keep, other=0.0
+    )
+    step_b = tl.load(
+        dt_b + batch * stride_bb + place[None, :] * stride_bl + h[:, None] * stride_bh, mask=keep, other=0.0
+    )
+    earlier_f = 0.0
+    earlier_b = 0.0
+    product_f = 0.0
+    product_b = 0.0
+    if HAS_STATES:
+        along_f = tl.load(state_sums + at + SHIFTED, mask=read_f, other=0.0)
+        along_b = tl.load(state_sums + 2 * state_stride + at - SHIFTED, mask=read_b, other=0.0)
+        through_f = state_sums + state_stride + at
+        through_b = state_sums + 3 * state_stride + at
+        earlier_f = tl.load(through_f - 1, mask=before, other=0.0)
+        earlier_b = tl.load(through_b + 1, mask=after, other=0.0)
+        through_f = tl.load(through_f, mask=keep, other=0.0)
+        through_b = tl.load(through_b, mask=keep, other=0.0)
     if PAIR:
-        rows_f += tl.load(beside + at + SHIFTED, mask=read_f & (i + SHIFTED >= Q // 2)[None, :], other=0.0)
-        rows_b += tl.load(beside + at - SHIFTED, mask=read_b & (i - SHIFTED < Q // 2)[None, :], other=0.0)
+        beside_f = tl.load(beside + at + SHIFTED, mask=read_f & (i + SHIFTED >= Q // 2)[None, :], other=0.0)
+        beside_b = tl.load(beside + at - SHIFTED, mask=read_b & (i - SHIFTED < Q // 2)[None, :], other=0.0)
+    tiles += at_chunk[:, None] * (4 * Q) + i[None, :]
+    rows_f = tl.load(tiles + SHIFTED, mask=read_f, other=0.0)
+    rows_b = tl.load(tiles + (Q - SHIFTED), mask=read_b, other=0.0)
+    columns_f = tl.load(tiles + 2 * Q, mask=keep, other=0.0)
+    columns_b = tl.load(tiles + 3 * Q, mask=keep, other=0.0)
     whole_f = columns_f
     whole_b = columns_b
     if NEAR:
-        near_f, near_b = _two(nears, at, keep)
-        whole_f += near_f
-        whole_b += near_b
-    raw_f, dA_f = _direction(
-        dt_f + batch * stride_fb, ddt_f + batch * out_stride_fb, rows_f, columns_f, whole_f,
-        state_sums, state_stride, products, at, at_chunk, keep, read_f, before, exists, rate_f, offset, low, high, h, H,
-        place, stride_fl, stride_fh, out_stride_fl, out_stride_fh, False, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
-    )  # fmt: skip
-    raw_b, dA_b = _direction(
-        dt_b + batch * stride_bb, ddt_b + batch * out_stride_bb, rows_b, columns_b, whole_b,
-        state_sums + 2 * state_stride, state_stride, products + product_stride, at, at_chunk, keep, read_b, after,
-        exists, rate_b, offset, low, high, h, H,
-        place, stride_bl, stride_bh, out_stride_bl, out_stride_bh, True, SHIFTED, RAW, HAS_STATES, SMALLEST, MOST,
-    )  # fmt: skip
+        nears += at_chunk[:, None] * (2 * Q) + i[None, :]
+        whole_f += tl.load(nears, mask=keep, other=0.0)
+        whole_b += tl.load(nears + Q, mask=keep, other=0.0)
+    if PAIR:
+        rows_f += beside_f
+        rows_b += beside_b
+    own = h[:, None]
+    rate_f = load_rates(A, own, H, RAW)
+    rate_b = load_rates(A + A_stride, own, H, RAW)
+    exists = keep
+    offset = 0.0
     if RAW:
-        dA_f *= rate_f
-        dA_b *= rate_b
+        offset = tl.load(bias + own, mask=own < H, other=0.0).to(tl.float32)
+        if HAS_IDS:
+            exists &= tl.load(ids + batch * L + place[None, :], mask=(place < L)[None, :], other=-1) >= 0
+    if HAS_STATES:
+        product_f = tl.load(products + at_chunk[:, None], mask=own < H, other=0.0)
+        product_b = tl.load(products + product_stride + at_chunk[:, None], mask=own < H, other=0.0)
+        rows_f += along_f
+        rows_b += along_b
+        whole_f += through_f
+        whole_b += through_b
+    grad_f, raw_f, dA_f = _direction(
+        step_f, rows_f, columns_f, earlier_f, product_f, whole_f, exists, rate_f, offset, low, high,
+        False, RAW, HAS_STATES, SMALLEST, MOST,
+    )  # fmt: skip
+    grad_b, raw_b, dA_b = _direction(
+        step_b, rows_b, columns_b, earlier_b, product_b, whole_b, exists, rate_b, offset, low, high,
+        True, RAW, HAS_STATES, SMALLEST, MOST,
+    )  # fmt: skip
+    to = ddt_f + batch * out_stride_fb + place[None, :] * out_stride_fl + h[:, None] * out_stride_fh
+    tl.store(to, grad_f.to(ddt_f.dtype.element_ty), mask=keep)
+    to = ddt_b + batch * out_stride_bb + place[None, :] * out_stride_bl + h[:, None] * out_stride_bh
+    tl.store(to, grad_b.to(ddt_b.dtype.element_ty), mask=keep)
+    if RAW:
+        dA_f *= tl.sum(rate_f, 1)
+        dA_b *= tl.sum(rate_b, 1)
     sums += (batch * chunks + chunk) * ((3 - SHARED) * H) + h
     if SHARED:
         tl.store(sums, dA_f + dA_b, mask=h < H)
@@ -207,11 +217,6 @@ class StepGrads(NamedTuple):
             None if diagonal is None else new(diagonal),
         )
 
-    def cut(self, rows: slice) -> StepGrads:
-        """Those of some rows of the batch."""
-        ddiagonal = None if self.ddiagonal is None else self.ddiagonal[rows]
-        return StepGrads(self.ddt_f[rows], self.ddt_b[rows], self.sums[rows], ddiagonal)
-
     def summed(self, steps: Steps) -> tuple[Tensor, Tensor | None]:
         """dA and dbias, in their tensors' dtypes."""
         A, bias = steps.A, steps.bias
@@ -220,25 +225,23 @@ class StepGrads(NamedTuple):
 
 
 def step_grads(
-    steps: Steps, ids: Tensor | None, tiles: TileSums, through: StateGrads | None, Q: int, to: StepGrads,
-    shifted: bool = True, start: int = 0,
+    steps: Steps, ids: Tensor | None, tiles: TileSums, through: StateSums | None, Q: int, to: StepGrads,
+    shifted: bool = True,
 ) -> None:  # fmt: skip
-    """Writes what the chunks from `start` that the sums are of give; B = 1 where these are not all."""
+    """Writes the gradients; through is None where one chunk holds everything."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
-    held = tiles.rows.shape[2] // Q
-    state_sums, products = (None, None) if through is None else (through.sums, through.products)
+    along, products = (tiles.sums, tiles.sums) if through is None else through
     block = min(next_power_of_2(H), BLOCK_HEADS)
-    _step_grads_kernel[batch * held, cdiv(H, block)](
+    _step_grads_kernel[batch * cdiv(L, Q), cdiv(H, block)](
         dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
-        tiles.rows, tiles.rows if tiles.beside is None else tiles.beside, tiles.columns,
-        tiles.rows if tiles.near is None else tiles.near,
-        tiles.rows if tiles.diagonal is None else tiles.diagonal, tiles.rows if state_sums is None else state_sums,
-        tiles.rows if products is None else products, to.ddt_f, to.ddt_b, to.sums,
-        to.sums if to.ddiagonal is None else to.ddiagonal, L, H, cdiv(L, Q), start, held, steps.A_stride,
-        *steps.limits, 0 if state_sums is None else state_sums.stride(0), 0 if products is None else products.stride(0),
+        tiles.sums, tiles.sums if tiles.beside is None else tiles.beside,
+        tiles.sums if tiles.near is None else tiles.near,
+        tiles.sums if tiles.diagonal is None else tiles.diagonal, along, products, to.ddt_f, to.ddt_b, to.sums,
+        to.sums if to.ddiagonal is None else to.ddiagonal, L, H, cdiv(L, Q), steps.A_stride,
+        *steps.limits, along.stride(0), products.stride(0),
         *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHARED=int(A.ndim == 1),
         SHIFTED=int(shifted), RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
-        NEAR=tiles.near is not None, HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=state_sums is not None,
+        NEAR=tiles.near is not None, HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=through is not None,
         SMALLEST=SMALLEST_STEP, MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip

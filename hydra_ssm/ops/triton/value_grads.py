@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .decay import Decays, load_decays, load_rests, load_steps, load_weights
-from .feature_grads import StateGrads
 from .sizes import cdiv, next_power_of_2
 
 
@@ -35,14 +34,6 @@ def _entries(weight, scores, dmatrix, PACKED: tl.constexpr):
         matrix = weight * scores.to(tl.float32)
         K = matrix * dmatrix
     return matrix, K
-
-
-@triton.jit
-def _finish(to, grad, through, HAS_STATES: tl.constexpr, inside):
-    """Adds the states' part and writes."""
-    if HAS_STATES:
-        grad += tl.load(through)
-    tl.store(to, grad.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["L", "G", "chunks", "start", "held", "heads"])
@@ -64,9 +55,8 @@ def _value_grads_kernel(
     projection,
     dx,
     ddiagonals,
-    row_sums,
+    tiles,
     other_sums,
-    column_sums,
     nears,
     beside,
     dB_f,
@@ -188,12 +178,10 @@ def _value_grads_kernel(
     decays += here * 4
     steps += here * 8
     diagonals += here
-    there = (first * held + held_at) * Q
-    ddiagonals += there
-    row_sums += there * 2
-    other_sums += there
-    column_sums += there * 2
-    nears += there * 2
+    ddiagonals += here
+    tiles += here * 4
+    other_sums += here
+    nears += here * 2
     totals += (first * chunks + chunk) * 2
     adjoint += ((batch * held + held_at) * G + group) * (HEADS * N * P)
     xs = x + batch * stride_xb + head0 * stride_xh + begin * stride_xl + (j[:, None] * stride_xl + p[None, :])
@@ -211,7 +199,6 @@ def _value_grads_kernel(
         projection += head0 * P + (a[:, None] * (H * P) + p[None, :])
     for h in tl.range(0, heads if HEADS == 1 else HEADS, num_stages=STAGES):  # see tiles.py
         at = h * (chunks * Q)
-        sums_at = h * (held * Q)
         row_f, row_b, column_f, column_b = load_decays(decays + at * 4, j)
         values = tl.load(xs + h * stride_xh, mask=inside, other=0.0)
         dys = tl.load(ys + h * stride_yh, mask=inside, other=0.0)
@@ -227,16 +214,16 @@ def _value_grads_kernel(
         # On the diagonal the weight is no decay and may be infinite: what it spoils there is replaced.
         matrix, K = _entries(weight, scores, dmatrix, PACKED)
         dscores += weight * dmatrix
-        to = (sums_at + j)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        pair = j[:, None] + tl.arange(0, 2)[None, :] * Q
         if NEAR:
             next_f = r[None, :] == r[:, None] + 1
             next_b = r[None, :] == r[:, None] - 1
             near_f = tl.sum(tl.where(next_f, K, 0.0), 1)
-            tl.store(nears + to, tl.join(near_f, tl.sum(tl.where(next_b, K, 0.0), 1)))
+            tl.store(nears + at * 2 + pair, tl.join(near_f, tl.sum(tl.where(next_b, K, 0.0), 1)))
             K = tl.where(next_f | next_b, 0.0, K)
         K_f = tl.where(lower, K, 0.0)
         K_b = tl.where(upper, K, 0.0)
-        tl.store(row_sums + to, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
+        tl.store(tiles + at * 4 + pair, tl.join(tl.sum(K_f, 0), tl.sum(K_b, 0)))
         column_sum_f = tl.sum(K_f, 1)
         column_sum_b = tl.sum(K_b, 1)
         if HAS_DIAGONAL:
@@ -246,7 +233,7 @@ def _value_grads_kernel(
                     ddiagonal = tl.sum(tl.where(equal, dmatrix, 0.0), 1)
                 else:  # more exact, and slower
                     ddiagonal = tl.sum(values.to(tl.float32) * dys.to(tl.float32), 1)
-                tl.store(ddiagonals + sums_at + j, ddiagonal)
+                tl.store(ddiagonals + at + j, ddiagonal)
         else:
             matrix = tl.where(equal, 0.0, matrix)
         out = tl.dot(matrix.to(dtype), dys, input_precision=PRECISION)
@@ -268,12 +255,12 @@ def _value_grads_kernel(
                 weight *= tl.where(part == 0, dt_f, dt_b)[:, None]
             matrix, K = _entries(weight, across, dmatrix, PACKED)
             dacross += weight * dmatrix
-            tl.store(other_sums + sums_at + o, tl.sum(K, 0))
+            tl.store(other_sums + at + o, tl.sum(K, 0))
             more = tl.sum(K, 1)
             column_sum_f += tl.where(part == 0, more, 0.0)
             column_sum_b += tl.where(part == 0, 0.0, more)
             out = tl.dot(matrix.to(dtype), dys, out, input_precision=PRECISION)
-        tl.store(column_sums + to, tl.join(column_sum_f, column_sum_b))
+        tl.store(tiles + at * 4 + 2 * Q + pair, tl.join(column_sum_f, column_sum_b))
         if HAS_STATES:
             total_f = tl.load(totals + h * chunks * 2)
             total_b = tl.load(totals + h * chunks * 2 + 1)
@@ -294,13 +281,24 @@ def _value_grads_kernel(
         keep_b &= id_j[:, None] == id_j[None, :]
     f = tl.where(keep_f, dscores, 0.0).to(dtype)
     b = tl.where(keep_b, dscores, 0.0).to(dtype)
+    own = ((batch * G + group) * held + held_at) * (Q * N)
+    if HAS_STATES:  # their part; all at once, as no load is moved over a product
+        through += own + j[:, None] * N + n[None, :]
+        grad_C_f = tl.load(through)
+        grad_B_f = tl.load(through + through_stride)
+        grad_C_b = tl.load(through + 2 * through_stride)
+        grad_B_b = tl.load(through + 3 * through_stride)
+    else:
+        grad_C_f = tl.zeros([ROWS, N], tl.float32)
+        grad_B_f = grad_C_f
+        grad_C_b = grad_C_f
+        grad_B_b = grad_C_f
     Cf = tl.load(C_f + j[:, None] * stride_Cfl + n[None, :], mask=in_f, other=0.0)
     Cb = tl.load(C_b + j[:, None] * stride_Cbl + n[None, :], mask=in_b, other=0.0)
-    grad_B_f = tl.dot(f, Cf, input_precision=PRECISION)
-    grad_B_b = tl.dot(b, Cb, input_precision=PRECISION)
-    grad_C_f = tl.dot(tl.trans(f), Bf, input_precision=PRECISION)
-    grad_C_b = tl.dot(tl.trans(b), Bb, input_precision=PRECISION)
-    own = ((batch * G + group) * held + held_at) * (Q * N)
+    grad_B_f = tl.dot(f, Cf, grad_B_f, input_precision=PRECISION)
+    grad_B_b = tl.dot(b, Cb, grad_B_b, input_precision=PRECISION)
+    grad_C_f = tl.dot(tl.trans(f), Bf, grad_C_f, input_precision=PRECISION)
+    grad_C_b = tl.dot(tl.trans(b), Bb, grad_C_b, input_precision=PRECISION)
     if PAIR:
         if HAS_IDS:
             dacross = tl.where(id_j[:, None] == tl.load(ids + o, mask=o < limit, other=-3)[None, :], dacross, 0.0)
@@ -318,17 +316,17 @@ def _value_grads_kernel(
         tl.store(beside + size + own + j[:, None] * N + n[None, :], tl.where(part == 0, grad_C_b, grad_C_f))
     place = begin + j
     to = batch * stride_db + group * stride_dg + n[None, :]
-    through += own + j[:, None] * N + n[None, :]
-    _finish(dB_f + to + place[:, None] * stride_dl, grad_B_f, through + through_stride, HAS_STATES, inside)
-    _finish(dB_b + to + place[:, None] * stride_dl, grad_B_b, through + 3 * through_stride, HAS_STATES, inside)
+    tl.store(dB_f + to + place[:, None] * stride_dl, grad_B_f.to(dB_f.dtype.element_ty), mask=inside)
+    tl.store(dB_b + to + place[:, None] * stride_dl, grad_B_b.to(dB_b.dtype.element_ty), mask=inside)
     # The row without a neighbour has no C to write: its zeros go to the C that nobody reads.
     place = tl.where(place >= SHIFTED, place - SHIFTED, L - 1)[:, None]
     keep = inside & ((part == 0) | (PAIR == 0))
-    _finish(dC_f + to + place * stride_dl, tl.where(in_f, grad_C_f, 0.0), through, HAS_STATES, keep)
+    grad = tl.where(in_f, grad_C_f, 0.0)
+    tl.store(dC_f + to + place * stride_dl, grad.to(dC_f.dtype.element_ty), mask=keep)
     place = tl.where(begin + j < L - SHIFTED, begin + j + SHIFTED, 0)[:, None]
     keep = inside & ((part == 1) | (PAIR == 0))
-    through += 2 * through_stride
-    _finish(dC_b + to + place * stride_dl, tl.where(in_b, grad_C_b, 0.0), through, HAS_STATES, keep)
+    grad = tl.where(in_b, grad_C_b, 0.0)
+    tl.store(dC_b + to + place * stride_dl, grad.to(dC_b.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["L", "G"])
@@ -375,49 +373,59 @@ class ValueGradsConfig:
 
 
 class TileSums(NamedTuple):
-    """What dt, A and the diagonal need of the tiles, float32, of L' tokens."""
+    """What dt, A and the diagonal need of the tiles, float32."""
 
-    rows: Tensor  # (B, H, L', 2) row sums of K in the blocks on the diagonal, causal and anticausal
+    sums: Tensor  # (B, H, L', 4) as chunks of four rows of Q: causal and anticausal row sums of K, and column sums
     beside: Tensor | None  # (B, H, L') in a pair's blocks beside it: causal in the second tile, anticausal in the first
-    columns: Tensor  # (B, H, L', 2) column sums of K
-    near: Tensor | None  # (B, H, L', 2) what the next row of a column, or the one before, has in it, if kept apart
+    near: Tensor | None  # (B, H, L', 2) as two: what the next row of a column, or the one before, has, if kept apart
     diagonal: Tensor | None  # (B, H, L') gradient of the diagonal
+
+    @classmethod
+    def of(cls, decays: Decays, pair: bool, diagonal: bool, over: bool) -> TileSums:
+        """Room for them. pair: each chunk is gone through in two tiles. over: who finds a chunk's sums reads its decays
+        last, and they may take their place.
+        """
+        new, shape = decays.sums.new_empty, decays.sums.shape[:3]
+        return cls(
+            decays.sums if over and not pair else new(*shape, 4),
+            new(shape) if pair else None,
+            new(*shape, 2) if decays.shifted and decays.steps is not None else None,
+            new(shape) if diagonal and decays.diagonal is not None else None,
+        )
+
+    def cut(self, rows: slice) -> TileSums:
+        """Those of some rows of the batch."""
+        beside, near, diagonal = (None if t is None else t[rows] for t in self[1:])
+        return TileSums(self.sums[rows], beside, near, diagonal)
 
 
 def value_grads(
     x: Tensor, dy: Tensor, features: tuple[Tensor, Tensor, Tensor, Tensor], decays: Decays, ids: Tensor | None,
-    adjoint: Tensor | None, through: StateGrads | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
-    Q: int, pair: bool, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
+    adjoint: Tensor | None, through: Tensor | None, dx: Tensor, dfeatures: tuple[Tensor, Tensor, Tensor, Tensor],
+    sums: TileSums, Q: int, config: ValueGradsConfig, precision: str, back: tuple[Tensor, Tensor] | None = None,
     start: int = 0,
-) -> TileSums:  # fmt: skip
-    """Writes dx and the gradients of the four features, whose strides are alike: they may be where x, B and C are.
+) -> None:  # fmt: skip
+    """Writes dx, the gradients of the four features, whose strides are alike, and the sums.
 
-    Of the chunks from `start` that the adjoint states are of, where these are not of all; then B = 1.
+    dx and the features' gradients may be where x, B and C are. Of the chunks from `start` that the adjoint states are
+    of, where these are not of all; then B = 1. through: as `feature_grads` gives it.
     back: (its gradient (B, L, H), W (H, H P)), both contiguous, where the diagonal is W x: dx gets gradient W as well.
     """
     batch, L, H, P = x.shape
     G, N = features[0].shape[2:]
     chunks = cdiv(L, Q)
     held = chunks if adjoint is None else adjoint.shape[2]
-    pair = pair and chunks == 1
-    new = decays.sums.new_empty
-    sums = TileSums(
-        new(batch, H, held * Q, 2),
-        new(batch, H, Q) if pair else None,
-        new(batch, H, held * Q, 2),
-        new(batch, H, held * Q, 2) if decays.shifted and decays.steps is not None else None,
-        None if decays.diagonal is None or back is not None else new(batch, H, held * Q),
-    )
-    beside = new(2, batch, G, Q, N) if pair else sums.rows
-    parts = sums.rows if through is None else through.through
+    pair = sums.beside is not None
+    beside = decays.sums.new_empty(2, batch, G, Q, N) if pair else sums.sums
+    parts = sums.sums if through is None else through
     strides = [s for t in (x, dy, *features, dx, dfeatures[0]) for s in t.stride()[:3]]
     _value_grads_kernel[(batch * held * G * (1 + pair),)](
         x, dy, *features, decays.sums, decays.sums if decays.steps is None else decays.steps, decays.totals,
         decays.sums if decays.diagonal is None else decays.diagonal, x if ids is None else ids,
         x if adjoint is None else adjoint, parts, *((x, x) if back is None else back), dx,
-        sums.rows if sums.diagonal is None else sums.diagonal,
-        sums.rows, sums.rows if sums.beside is None else sums.beside, sums.columns,
-        sums.rows if sums.near is None else sums.near, beside, *dfeatures, L, G, chunks, start, held,
+        sums.sums if sums.diagonal is None else sums.diagonal, sums.sums,
+        sums.sums if sums.beside is None else sums.beside, sums.sums if sums.near is None else sums.near, beside,
+        *dfeatures, L, G, chunks, start, held,
         0 if adjoint is None else adjoint.stride(0), parts.stride(0), *strides, H // G, PAIR=pair,
         SHIFTED=int(decays.shifted), HEADS=H // G, HAS_IDS=ids is not None, HAS_DIAGONAL=decays.diagonal is not None,
         ALL_HEADS=0 if back is None else max(16, next_power_of_2(H)), HAS_STATES=adjoint is not None,
@@ -430,4 +438,3 @@ def value_grads(
             SHIFTED=int(decays.shifted), ROWS=Q // 2, N=N,
             num_warps=4,
         )  # fmt: skip
-    return sums
