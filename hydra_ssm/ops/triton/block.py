@@ -79,6 +79,7 @@ class Kept(NamedTuple):
     steps: Tensor | None
     totals: Tensor
     diagonal: Tensor
+    cast: Tensor | None  # fc_D (H, inner) as the diagonal's product took it, where that is another tensor
 
     @property
     def decays(self) -> Decays:
@@ -100,6 +101,7 @@ class Operands(NamedTuple):
     features: Four  # (B, L, G, N)
     steps: Steps
     decays: Decays
+    fc_D: Tensor
     how: Plan
 
 
@@ -112,8 +114,9 @@ def _operands(
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
     how = plan(x, features[0], backward=backward)
     projection = Projection(x.flatten(2), weights.fc_D, weights.D)
-    decays = find_decays(x, steps, ids, projection if how.project else projection.multiplied(), how)
-    return Operands(z, xBC, x, features, steps, decays, how)
+    projection = projection if how.project else projection.multiplied()
+    decays = find_decays(x, steps, ids, projection, how)
+    return Operands(z, xBC, x, features, steps, decays, projection.weight, how)
 
 
 def block_forward(
@@ -128,12 +131,14 @@ def block_forward(
     y, states = quasiseparable_forward(of.x, of.steps, *of.features, ids, None, of.how, of.decays)
     y = y.flatten(2)
     normed, rstd = norm_forward(y, of.z, weights.norm, eps, out=None if keep else y)
-    return normed, _kept(of, y, rstd, states)
+    return normed, _kept(of, weights, y, rstd, states)
 
 
-def _kept(of: Operands, y: Tensor | None, rstd: Tensor, states: Tensor | None) -> Kept:
-    assert of.decays.diagonal is not None
-    return Kept(of.xBC, y, rstd, states, of.decays.sums, of.decays.steps, of.decays.totals, of.decays.diagonal)
+def _kept(of: Operands, weights: Weights, y: Tensor | None, rstd: Tensor, states: Tensor | None) -> Kept:
+    sums, steps, totals, diagonal, _ = of.decays
+    assert diagonal is not None
+    cast = None if of.fc_D is weights.fc_D else of.fc_D
+    return Kept(of.xBC, y, rstd, states, sums, steps, totals, diagonal, cast)
 
 
 def _again(
@@ -142,9 +147,9 @@ def _again(
     """What the forward pass had, found again; of a long row without y and the states, which follow in parts."""
     of = _operands(projected, weights, sizes, limits, ids, True)
     if projected.shape[1] > RECOMPUTED:
-        return _kept(of, None, rstd, None)
+        return _kept(of, weights, None, rstd, None)
     y, states = quasiseparable_forward(of.x, of.steps, *of.features, ids, None, of.how, of.decays)
-    return _kept(of, y.flatten(2), rstd, states)
+    return _kept(of, weights, y.flatten(2), rstd, states)
 
 
 def block_backward(
@@ -171,7 +176,7 @@ def block_backward(
     ddiagonal = norm.diagonal.flatten(0, 1)
     dfc_D = product(ddiagonal.t(), x.reshape(-1, sizes.inner))
     steps = Steps(dt_f, dt_b, weights.A_log, weights.dt_bias, limits)
-    fc_D = weights.fc_D.to(x.dtype)
+    fc_D = weights.fc_D.to(x.dtype) if kept.cast is None else kept.cast
     few = sizes.heads <= MOST_HEADS
     _, _, _, dA_log, ddt_bias, *_ = quasiseparable_backward(
         dy.unflatten(-1, (sizes.heads, sizes.headdim)), x, steps, *features, ids, None, kept.states, how,
@@ -229,7 +234,10 @@ INPUTS = (
     "Tensor projected, Tensor conv, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor fc_D, "
     "Tensor norm, Tensor? ids, int[] sizes, float low, float high, float eps"
 )
-KEPT = "Tensor xBC, Tensor y, Tensor rstd, Tensor states, Tensor sums, Tensor steps, Tensor totals, Tensor diagonal"
+KEPT = (
+    "Tensor xBC, Tensor y, Tensor rstd, Tensor states, Tensor sums, Tensor steps, Tensor totals, Tensor diagonal, "
+    "Tensor cast"
+)
 
 
 def _forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -251,12 +259,14 @@ def _fake_forward(projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return new(y), *(wide(batch, L) if name == "rstd" else new(0) for name in Kept._fields)
     xBC = new(batch, L, sizes.inner + 4 * sizes.features)
     x, features = sizes.values_and_features(xBC)
-    Q = plan(x, features[0], backward=True).chunk
+    how = plan(x, features[0], backward=True)
+    Q, fc_D = how.chunk, inputs[5]
     chunks = cdiv(L, Q)
     states = new((2, batch, chunks, H, sizes.state, sizes.headdim) if chunks > 1 else 0)
     steps = wide(batch, H, chunks * Q, 8) if x.dtype == torch.float32 else new(0)
     decays = wide(batch, H, chunks * Q, 4), steps, wide(batch, H, chunks, 2), wide(batch, H, chunks * Q)
-    return new(y), xBC, new(y), wide(batch, L), states, *decays
+    cast = new(0) if how.project or fc_D.dtype == x.dtype else new(fc_D.shape)
+    return new(y), xBC, new(y), wide(batch, L), states, *decays, cast
 
 
 def _backward(dnormed: Tensor, projected: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -273,9 +283,9 @@ def _gradients(
     reuse: what is kept may be written over, and dnormed given back if it says that nobody else has it.
     """
     spent = reuse and is_spent(dnormed)
-    *tensors, shape, low, high, _ = inputs[:-8]
+    *tensors, shape, low, high, _ = inputs[: -len(Kept._fields)]
     *values, ids = packed(*tensors)
-    kept: list[Any] = [t if t.numel() else None for t in inputs[-8:]]
+    kept: list[Any] = [t if t.numel() else None for t in inputs[-len(Kept._fields) :]]
     gradients = _gradients_found_again if kept[0] is None else block_backward
     with without_autocast(projected.device):  # the forward pass has already chosen
         return dprojected, gradients(
@@ -340,7 +350,7 @@ def _differentiate(ctx: Any, dnormed: Tensor | None, *_: Any) -> tuple[Tensor | 
 
 register(
     # spent: what the backward pass may write over. 0: nothing, 1: what is kept, unseen by the caller, 2: projected too
-    "block", f"({INPUTS}, int spent, bool keep) -> ({', '.join(['Tensor'] * 9)})",
+    "block", f"({INPUTS}, int spent, bool keep) -> ({', '.join(['Tensor'] * 10)})",
     _forward, _fake_forward, _differentiate, _save,
 )  # fmt: skip
 register(

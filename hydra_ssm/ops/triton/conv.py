@@ -136,10 +136,12 @@ def _halo_kernel(
     batch, first, count, stretch, c = _place(L, C, stretches, ROWS, BLOCK_C)
     keep = c < C
     x += batch * stride_b
+    rows = ()  # all are on their way before one is stored: no load is moved over that
     for k in tl.static_range(4 * HALF):
         i = first + (k - 2 * HALF if k < 2 * HALF else count + k - 2 * HALF)
-        row = tl.load(x + i.to(tl.int64) * stride_l + c, mask=keep & (i >= 0) & (i < L), other=0.0)
-        tl.store(halo + (stretch * (4 * HALF) + k) * stride_l + c, row, mask=keep)
+        rows = rows + (tl.load(x + i.to(tl.int64) * stride_l + c, mask=keep & (i >= 0) & (i < L), other=0.0),)
+    for k in tl.static_range(4 * HALF):
+        tl.store(halo + (stretch * (4 * HALF) + k) * stride_l + c, rows[k], mask=keep)
 
 
 @triton.jit(do_not_specialize=["L", "stretches"])

@@ -294,8 +294,12 @@ class Projection(NamedTuple):
     product: Tensor | None = None  # (B, L, H) weight x, in the dtype of x, if it is known
 
     def multiplied(self) -> Projection:
-        """It with the product, by a kernel of its own: faster than with the decays where there is much to read."""
-        return self._replace(product=F.linear(self.x, self.weight.to(self.x.dtype)))
+        """It with the product, by a kernel of its own: faster than with the decays where there is much to read.
+
+        The weight is in the dtype of x then.
+        """
+        weight = self.weight.to(self.x.dtype)
+        return self._replace(weight=weight, product=F.linear(self.x, weight))
 
 
 @dataclass(frozen=True)
