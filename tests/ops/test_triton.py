@@ -170,12 +170,24 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     values, *views = together.split([x[0, 0].numel(), *[features[0][0, 0].numel()] * 4], -1)
     values, views = values.unflatten(-1, x.shape[2:]), [v.unflatten(-1, features[0].shape[2:]) for v in views]
     into = Into(values, None, None, *views)
+    steps = Steps(dt_f, dt_b, A)
+    decays = product.find_decays(values, steps, ids, diagonal, how)
+    sums = decays.sums.clone()
     over = quasiseparable_backward(
-        dy, values, Steps(dt_f, dt_b, A), *views, ids, diagonal, states, how=replace(how, held=held), into=into
+        dy, values, steps, *views, ids, diagonal, states, replace(how, held=held), into, decays, spent=True
     )
+    assert not torch.equal(decays.sums, sums)  # what dt and A need is there now
     for name, a, b, c in zip(NAMES, whole, in_parts, [*over[:4], *over[5:]], strict=True):
         assert torch.equal(a, b), name
         assert torch.equal(a, c), name
+
+
+@pytest.mark.parametrize(("batch", "heads", "chunks"), [(1, 24, 32), (1, 32, 0), (2, 16, 0), (3, 8, 32)])
+def test_heads_go_through_stretches_where_fewer_than_32_walk_at_once(batch, heads, chunks) -> None:
+    from hydra_ssm.ops.triton.plan import plan
+
+    x, B = (torch.empty(batch, 8192, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 1))
+    assert plan(x, B, backward=True).states.stretch == chunks
 
 
 def test_strided_inputs_and_poisoned_memory(monkeypatch) -> None:
