@@ -206,6 +206,22 @@ def test_gradients_over_what_was_kept_are_those_beside_it(options, shape, where,
     assert all(torch.equal(a, b) for a, b in zip(beside, over, strict=True))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_diagonal_that_is_projected_apart_has_its_weight_cast_once_for_both_passes(recompute, monkeypatch) -> None:
+    """Under autocast; as exact as the eager form, and a graph that is kept gives the same."""
+    import hydra_ssm.ops.triton.block as block
+
+    monkeypatch.setattr("hydra_ssm.ops.triton.plan.NARROW", 0)
+    seen, backward = [], block.block_backward
+    monkeypatch.setattr(block, "block_backward", lambda *a: seen.append(a[6].cast) or backward(*a))
+    mixer, u = layer(recompute=recompute), torch.randn(2, 40, 16, device=DEVICE)
+    usual, exact = trained(like(mixer, "chunked"), u, torch.float16), trained(like(mixer, "chunked").double(), u)
+    for name, found in trained(mixer, u, torch.float16).items():
+        error, of_eager = ((t.double() - exact[name]).norm() for t in (found, usual[name]))
+        assert error <= 2 * of_eager + 5e-4 * exact[name].norm(), name
+    assert torch.equal(seen[0], mixer.fc_D.weight.half())
+
+
 def test_who_looks_at_the_projection_keeps_it() -> None:
     mixer, u, seen = layer(), torch.randn(1, 7, 16, device=DEVICE), []
     plain = trained(mixer, u)
@@ -223,11 +239,14 @@ def test_compile_takes_the_whole_graph_and_changes_nothing() -> None:
         torch.testing.assert_close(found, eager[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def operator_inputs(length: int, keep: bool, requires_grad: bool = True) -> list:
-    """What the operator hydra_ssm::block takes, up to `reuse`; keep: with documents and a bias, else without."""
+def operator_inputs(length: int, keep: bool, requires_grad: bool = True, dtype: torch.dtype = torch.float32) -> list:
+    """What the operator hydra_ssm::block takes, up to `reuse`; keep: with documents and a bias, else without.
+
+    dtype is the projection's.
+    """
     own = dict(layer(conv_bias=keep).named_parameters())
     names = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "fc_D.weight", "norm.weight")
-    tensors = [torch.randn(1, length, 132, device=DEVICE), *(own.get(name) for name in names)]
+    tensors = [torch.randn(1, length, 132, device=DEVICE).to(dtype), *(own.get(name) for name in names)]
     tensors = [None if t is None else t.detach().requires_grad_(requires_grad) for t in tensors]
     ids = torch.arange(length, device=DEVICE)[None] // 3 if keep else None
     return [*tensors, ids, [2, 16, 1, 16], 0.0, torch.inf, 1e-5]
@@ -244,6 +263,20 @@ def test_the_operators_are_what_pytorch_expects(length, keep) -> None:
     normed, *kept = operators.block(*plain, 0, keep)
     inputs = (torch.randn_like(normed), *plain, *kept)
     torch.library.opcheck(operators.block_backward.default, inputs)
+
+
+def test_the_operators_tell_a_compiler_what_they_keep_of_weights_in_float32(monkeypatch) -> None:
+    import hydra_ssm.ops.triton.block  # noqa: F401
+
+    monkeypatch.setattr("hydra_ssm.ops.triton.plan.NARROW", 0)
+    fakes = {"test_utils": ("test_schema", "test_faketensor")}
+    plain = operator_inputs(34, True, requires_grad=False, dtype=torch.float16)
+    torch.library.opcheck(torch.ops.hydra_ssm.block.default, (*plain, 0, True), **fakes)
+    normed, *kept = torch.ops.hydra_ssm.block(*plain, 0, True)
+    assert kept[-1].dtype == torch.float16
+    assert kept[-1].shape == (2, 32)
+    inputs = (torch.randn_like(normed), *plain, *kept)
+    torch.library.opcheck(torch.ops.hydra_ssm.block_backward.default, inputs, **fakes)
 
 
 def test_a_gradient_of_the_gradient_is_refused_with_an_advice_that_helps() -> None:

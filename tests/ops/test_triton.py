@@ -137,6 +137,14 @@ def test_half_precision_is_as_exact_as_the_eager_form(dtype) -> None:
         assert error(a, e) <= 2 * error(b, e) + unit, name
 
 
+def poisoned(make):
+    def filled(*args, **options) -> Tensor:
+        t = make(*args, **options)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    return filled
+
+
 PARTS = {
     "rows, the last alone": ({"batch": 3, "heads": 3}, (16, 3, 0, False), 4, 2),
     "rows and groups": ({"batch": 2, "heads": 6, "groups": 2, "documents": True}, (16, 3, 0, False), 1, 2),
@@ -161,8 +169,8 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
     _, states = quasiseparable_forward(args[0], Steps(*args[1:4]), *args[4:], how=at_once)
     seen = product.value_grads
     monkeypatch.setattr(product, "value_grads", lambda *a: calls.append(1) or seen(*a))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     in_parts = backward(dy, args, replace(how, held=held))
     assert len(calls) == parts
     x, dt_f, dt_b, A, *features, ids, diagonal = (t if t is None else t.clone() for t in args)
@@ -182,11 +190,14 @@ def test_adjoint_states_for_a_part_at_a_time_change_no_bit(shape, how, held, par
         assert torch.equal(a, c), name
 
 
-@pytest.mark.parametrize(("batch", "heads", "chunks"), [(1, 24, 32), (1, 32, 0), (2, 16, 0), (3, 8, 32)])
-def test_heads_go_through_stretches_where_fewer_than_32_walk_at_once(batch, heads, chunks) -> None:
+ONE_WALK = [(1, 8192, 24, 32), (1, 8192, 32, 0), (2, 8192, 16, 0), (3, 8192, 8, 32), (1, 32768, 32, 32)]
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "chunks"), ONE_WALK)
+def test_stretches_are_for_fewer_than_32_heads_and_rows_in_parts(batch, length, heads, chunks) -> None:
     from hydra_ssm.ops.triton.plan import plan
 
-    x, B = (torch.empty(batch, 8192, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 1))
+    x, B = (torch.empty(batch, length, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 1))
     assert plan(x, B, backward=True).states.stretch == chunks
 
 
@@ -238,7 +249,7 @@ RAW = {
     "one chunk": {"length": 21},
     "chunks": {"documents": True, "own_A": True},
     "limits": {"limits": (0.2, 0.9)},
-    "padding": {"padded": 13, "limits": (0.01, 2.0)},
+    "padding": {"padded": 13, "limits": (0.01, 2.0), "batch": 2},
 }
 
 
@@ -251,7 +262,7 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
     x, raw, A_log, bias, limits, *features, ids, diagonal = raw_case(**options)
     if padded:
         ids = torch.zeros(x.shape[:2], dtype=torch.long, device=DEVICE)
-        ids[:, -padded:] = -1
+        ids[0, -padded:] = -1
     dy = torch.randn_like(x)
     y, grads = raw_exact((x, raw, A_log, bias, limits, *features, ids, diagonal), dy)
     steps = Steps(raw[:, :, 0], raw[:, :, 1], A_log, bias, limits)
@@ -267,7 +278,7 @@ def test_raw_steps_equal_softplus_limits_and_padding_in_float64(options) -> None
     for name, a, b in zip(RAW_NAMES, ours, grads, strict=True):
         assert error(a, b) < (of_A if name == "A" else 1e-5), name
     if padded:
-        assert buffer[:, -padded:].count_nonzero() == 0
+        assert buffer[0, -padded:].count_nonzero() == 0
     again = quasiseparable_backward(dy, x, steps, *features, ids, diagonal, how=how)
     assert all(torch.equal(a, b) for a, b in zip(again, ours, strict=True))
 

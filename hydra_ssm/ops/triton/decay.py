@@ -177,7 +177,7 @@ def _decay_kernel(
 ):
     """Grid (B chunks, H / BLOCK_H). diagonal is x where the diagonal is a projection of it.
 
-    All is loaded before anything is stored or summed: no load is moved over that.
+    All but a projection is loaded before anything is stored or summed: no load is moved over that.
     """
     pid = tl.program_id(0).to(tl.int64)
     batch, chunk = pid // chunks, pid % chunks
@@ -264,10 +264,6 @@ class Steps(NamedTuple):
     def A_stride(self) -> int:
         """From the causal A to the anticausal one."""
         return 0 if self.A.ndim == 1 else self.A.shape[1]
-
-    def of(self, rows: slice) -> Steps:
-        """Those of some rows of the batch."""
-        return Steps(self.dt_f[rows], self.dt_b[rows], self.A, self.bias, self.limits)
 
 
 class Decays(NamedTuple):

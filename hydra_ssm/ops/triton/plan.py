@@ -62,9 +62,9 @@ def room(device: torch.device) -> int:
     return _of(device, "max_shared_mem", AMPLE)
 
 
-def stretch(heads: int) -> int:
-    """Chunks of a stretch where so many heads walk at once; 0: one walk through all."""
-    return STRETCH if heads < FEW_HEADS else 0
+def stretch_of(heads: int, parts: bool) -> int:
+    """Chunks of a stretch where so many heads walk at once; 0: one walk through all, which leaves a row in one part."""
+    return STRETCH if heads < FEW_HEADS or parts else 0
 
 
 def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
@@ -93,14 +93,15 @@ def plan(x: Tensor, B: Tensor, backward: bool = False) -> Plan:
     else:
         chunk, output = 64, OutputConfig(heads // split, 64, True, 4, 3)
         stages, deep = (4 if L <= 1024 else 3, 2, 3), 7 if bytes_ >= PLENTY else 0
+    held = cdiv(max(HELD, cdiv(batch * L, MOST_PARTS)), chunk)
     return Plan(
         chunk=chunk,
         pair=chunk == 128 and L <= 128,
         split=split,
-        held=cdiv(max(HELD, cdiv(batch * L, MOST_PARTS)), chunk),
+        held=held,
         project=few and H * P <= NARROW,
         states=StatesConfig(
-            stretch=stretch(batch * H),
+            stretch=stretch_of(batch * H, backward and batch == 1 and cdiv(L, chunk) > held),
             stages=stages[0],
             deep=deep,
             processors=_of(x.device, "multiprocessor_count", 1),

@@ -13,7 +13,7 @@ from torch import Tensor
 from .decay import Decays, Projection, Steps, chunk_decays
 from .feature_grads import StateSums, feature_grads
 from .output import chunk_outputs
-from .plan import Plan, plan, stretch
+from .plan import Plan, plan, stretch_of
 from .sizes import cdiv
 from .states import chunk_states, stretch_borders
 from .step_grads import StepGrads, step_grads
@@ -90,20 +90,21 @@ def quasiseparable_backward(
     chunks = cdiv(x.shape[1], how.chunk)
     pieces = _rows(x.shape[0], chunks, how)
     tiles = TileSums.of(decays, how.pair and chunks == 1, back is None, over=spent)
-    through = StateSums.of(decays) if chunks > 1 else None
+    of_states = StateSums.of(decays) if chunks > 1 else None
     if len(pieces) == 1:
-        _backward_of(dy, x, features, decays, ids, states, how, dx, parts, tiles, through, back)
+        _backward_of(dy, x, features, decays, ids, states, how, dx, parts, tiles, of_states, back)
     else:
         if len(pieces) == x.shape[0] and how.states.stretch == 0:  # of each row alone walks may be few
-            how = replace(how, states=replace(how.states, stretch=stretch(x.shape[2])))
+            own = stretch_of(x.shape[2], chunks > how.held)
+            how = replace(how, states=replace(how.states, stretch=own))
         for rows in pieces:
             _backward_of(
                 dy[rows], x[rows], _each(features, rows), decays.of(rows), None if ids is None else ids[rows],
                 None if states is None else states[:, rows], how, dx[rows], _each(parts, rows), tiles.cut(rows),
-                None if through is None else through.cut(rows), None if back is None else (back[0][rows], back[1]),
+                None if of_states is None else of_states.cut(rows), None if back is None else (back[0][rows], back[1]),
             )  # fmt: skip
     of_steps = StepGrads.of(steps, diagonal, how.chunk, into.ddt_f, into.ddt_b)
-    step_grads(steps, ids, tiles, through, how.chunk, of_steps, decays.shifted)
+    step_grads(steps, ids, tiles, of_states, how.chunk, of_steps, decays.shifted)
     dA, dbias = of_steps.summed(steps)
     if how.split > 1:
         for grad, part in zip(grads, parts, strict=True):
@@ -114,7 +115,7 @@ def quasiseparable_backward(
 
 def _backward_of(
     dy: Tensor, x: Tensor, features: Four, decays: Decays, ids: Tensor | None, states: Tensor | None, how: Plan,
-    dx: Tensor, dfeatures: Four, tiles: TileSums, sums: StateSums | None, back: tuple[Tensor, Tensor] | None,
+    dx: Tensor, dfeatures: Four, tiles: TileSums, of_states: StateSums | None, back: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """Writes the gradients of values and features of these rows of the batch, and the sums for those of the steps.
 
@@ -124,15 +125,15 @@ def _backward_of(
     Q, precision = how.chunk, how.precision
     walk = features[1], features[3], dy, decays, ids, Q, how.states, precision, True
     own_walk = features[0], features[2], x, decays, ids, Q, how.states, precision, False
-    borders = None if sums is None else stretch_borders(*walk)
-    own_borders = stretch_borders(*own_walk) if sums is not None and states is None else None
+    borders = None if of_states is None else stretch_borders(*walk)
+    own_borders = stretch_borders(*own_walk) if of_states is not None and states is None else None
     for some in _spans(x.shape[0], cdiv(x.shape[1], Q), how):
         adjoint = through = None  # what the part before had is free
-        if sums is not None:
+        if of_states is not None:
             own = chunk_states(*own_walk, own_borders, some) if states is None else states[:, :, some.start : some.stop]
             adjoint = chunk_states(*walk, borders, some)
             through = feature_grads(
-                x, dy, features, decays, ids, own, adjoint, sums, Q, how.feature_grads, precision, some.start
+                x, dy, features, decays, ids, own, adjoint, of_states, Q, how.feature_grads, precision, some.start
             )
             del own  # its memory is for what follows
         value_grads(

@@ -126,9 +126,9 @@ def _step_grads_kernel(
     product_b = 0.0
     if HAS_STATES:
         along_f = tl.load(state_sums + at + SHIFTED, mask=read_f, other=0.0)
-        along_b = tl.load(state_sums + 2 * state_stride + at - SHIFTED, mask=read_b, other=0.0)
+        along_b = tl.load(state_sums + 2 * state_stride.to(tl.int64) + at - SHIFTED, mask=read_b, other=0.0)
         through_f = state_sums + state_stride + at
-        through_b = state_sums + 3 * state_stride + at
+        through_b = state_sums + 3 * state_stride.to(tl.int64) + at
         earlier_f = tl.load(through_f - 1, mask=before, other=0.0)
         earlier_b = tl.load(through_b + 1, mask=after, other=0.0)
         through_f = tl.load(through_f, mask=keep, other=0.0)
@@ -150,7 +150,7 @@ def _step_grads_kernel(
     if PAIR:
         rows_f += beside_f
         rows_b += beside_b
-    own = h[:, None]
+    own = h[:, None]  # numbers of a head are columns: their layout is that of the tiles
     rate_f = load_rates(A, own, H, RAW)
     rate_b = load_rates(A + A_stride, own, H, RAW)
     exists = keep
@@ -225,13 +225,13 @@ class StepGrads(NamedTuple):
 
 
 def step_grads(
-    steps: Steps, ids: Tensor | None, tiles: TileSums, through: StateSums | None, Q: int, to: StepGrads,
+    steps: Steps, ids: Tensor | None, tiles: TileSums, of_states: StateSums | None, Q: int, to: StepGrads,
     shifted: bool = True,
 ) -> None:  # fmt: skip
-    """Writes the gradients; through is None where one chunk holds everything."""
+    """Writes the gradients; of_states is None where one chunk holds everything."""
     dt_f, dt_b, A, bias = steps.dt_f, steps.dt_b, steps.A, steps.bias
     batch, L, H = dt_f.shape
-    along, products = (tiles.sums, tiles.sums) if through is None else through
+    along, products = (tiles.sums, tiles.sums) if of_states is None else of_states
     block = min(next_power_of_2(H), BLOCK_HEADS)
     _step_grads_kernel[batch * cdiv(L, Q), cdiv(H, block)](
         dt_f, dt_b, A, A if bias is None else bias, dt_f if ids is None else ids,
@@ -242,6 +242,6 @@ def step_grads(
         *steps.limits, along.stride(0), products.stride(0),
         *dt_f.stride(), *dt_b.stride(), *to.ddt_f.stride(), *to.ddt_b.stride(), SHARED=int(A.ndim == 1),
         SHIFTED=int(shifted), RAW=bias is not None, HAS_IDS=ids is not None, PAIR=tiles.beside is not None,
-        NEAR=tiles.near is not None, HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=through is not None,
+        NEAR=tiles.near is not None, HAS_DIAGONAL=to.ddiagonal is not None, HAS_STATES=of_states is not None,
         SMALLEST=SMALLEST_STEP, MOST=STRONGEST / LOG2E, Q=Q, BLOCK_H=block, num_warps=4,
     )  # fmt: skip

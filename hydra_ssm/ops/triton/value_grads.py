@@ -382,8 +382,8 @@ class TileSums(NamedTuple):
 
     @classmethod
     def of(cls, decays: Decays, pair: bool, diagonal: bool, over: bool) -> TileSums:
-        """Room for them. pair: each chunk is gone through in two tiles. over: who finds a chunk's sums reads its decays
-        last, and they may take their place.
+        """Room for them. over: they may take the decays' place, as who finds a chunk's sums reads its decays last, and
+        alone; not so a pair, two programs of one chunk.
         """
         new, shape = decays.sums.new_empty, decays.sums.shape[:3]
         return cls(
